@@ -1,0 +1,489 @@
+"""What a task asks and how an answer is scored. Imports neither torch nor transformers.
+
+A completion (`text`: special tokens stripped) has one of two styles, named after the tag of its reasoning:
+    reasoning: <reasoning>...</reasoning><answer>...</answer>      think: <think>...</think><answer>...</answer>
+
+Which answer counts
+1. The reasoning ends at the last closing reasoning tag; what follows is the tail. Without reasoning tags all is tail.
+2. A reasoning block that is opened and never closed offers no answer.
+3. The answer is the last closed <answer>...</answer> of the tail. Tags are literal: `<Answer>`, `<answer id=1>` are text.
+4. An empty last block is an empty answer, and wrong.
+5. strict=False falls back, in the same tail, to the last \\boxed{}, then the last `#### x`, then "answer is x", then the
+   last number (arc: the last label). Training is strict; evaluation reports both.
+
+Parts of a score, before their weights
+    correct      0 or 1    the rules of each task stand at its function below
+    format       0 or 1    one non-empty reasoning block, one non-empty answer block, white space; no tag repeated or nested
+    length      -1 to 0    0 up to 500 tokens, falling linearly to -1 at 800; 0 where n_tokens is not given
+    process      0 to 1    share of the distinct equations in the reasoning that hold; 0 where there is none
+    efficiency   0 to 1    countdown, when correct: length of the shortest way to write that expression / length as written
+    reward                 their weighted sum. Where correct weighs at least as much as all the others together, no wrong
+                           answer scores above a right one.
+
+Nothing that a model can write raises, hangs, executes or grows memory; what cannot be scored is 0.
+A new task is one function, `grade(said, row) -> bool`, and one row of TASKS.
+"""
+import ast
+import json
+import math
+import operator
+import re
+from fractions import Fraction
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+STYLES = ("reasoning", "think")
+WEIGHTS = {"correct": 1.0, "format": 0.5, "length": 0.1, "process": 0.0, "efficiency": 0.0}
+LENGTH = (500, 800)  # tokens that cost nothing, tokens at which the length part has fallen to -1
+
+
+class DataError(ValueError):
+    """Data that cannot be used, in one line that names file, line and column."""
+
+
+# ---------------------------------------------------------------------------------------------- which answer
+
+def tail(text, style):
+    """The part of a completion that may hold its answer; None where the reasoning was never closed."""
+    text = text[text.rfind(f"</{style}>") + len(style) + 3:] if f"</{style}>" in text else text
+    return None if f"<{style}>" in text else text
+
+
+def answer_block(text):
+    """The last closed <answer> block: its opening tag is the last one that has a closing tag behind it."""
+    start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
+    return None if start < 0 else text[start + 8:text.find("</answer>", start)].strip()
+
+
+def last_box(text):
+    """What the \\boxed{...} that closes last holds, braces balanced; None where there is none."""
+    opened, found = [], None
+    for match in re.finditer(r"(\\boxed\s{0,9})?\{|\}|\\.", text):
+        if match[0][-1] == "{" and match[0] != "\\{":
+            opened.append((match[1], match.end()))
+        elif match[0] == "}" and opened:
+            box, start = opened.pop()
+            found = text[start:match.start()] if box else found
+    return found
+
+
+NUMERAL = r"[1-9][0-9]{0,2}(?:(,|\{,\}| )[0-9]{3}(?:\1[0-9]{3})*)(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
+
+
+def answer(text, style="reasoning", strict=True, labels=None):
+    """What a completion offers as its answer, or None. `labels`: those of a multiple-choice row, for strict=False."""
+    text = tail(text, style)
+    said = None if text is None else answer_block(text)
+    if strict or text is None or said is not None:
+        return said
+    text = re.sub("</?answer>", "\n", text)[-10_000:]  # stray tags; no answer stands further from the end
+    if (box := last_box(text)) is not None:
+        return box.strip()
+    for pattern in (r"####[ \t]*(.*)", r"(?i:answer is)[ \t]*:?[ \t]*((?:[^.\n]|\.(?=\S))*)"):  # to the end of line, of sentence
+        if found := re.findall(pattern, text):
+            return found[-1].strip()
+    label = rf"(?<!\w)(?:{'|'.join(map(re.escape, labels))})(?!\w)" if labels else rf"(?:(?<![\w.)])[-+\u2212])?(?:\\?\$)?(?<![\w.])(?:{NUMERAL})"
+    return ([match[0] for match in re.finditer(label, text)] or [None])[-1]
+
+
+# ---------------------------------------------------------------------------------------------- countdown
+
+SIGNS = {"\u00d7": "*", "\u00b7": "*", "\\times": "*", "\\cdot": "*", "\u00f7": "/", "\\div": "/", "\u2212": "-"}
+SIGN = re.compile("|".join(map(re.escape, SIGNS)))
+OPERATORS = {ast.Add: ("+", 1, operator.add), ast.Sub: ("-", 1, operator.sub),
+             ast.Mult: ("*", 2, operator.mul), ast.Div: ("/", 2, operator.truediv)}
+
+
+def plain(text):
+    """`×`, `·`, `\\times`, `\\cdot` as `*`; `÷`, `\\div` as `/`; U+2212 as `-`; any Unicode space as a space."""
+    return re.sub(r"[^\S ]", " ", SIGN.sub(lambda match: SIGNS[match[0]], text))
+
+
+def read(node):
+    """A parsed expression -> (exact value, the shortest way to write it, how tightly its outermost sign binds)."""
+    if type(node) is ast.Constant:
+        return Fraction(repr(node.value)), repr(node.value), 4
+    if type(node) is ast.UnaryOp and type(node.op) is ast.USub:
+        value, text, rank = read(node.operand)
+        return -value, "-" + (text if rank > 2 else f"({text})"), 3
+    if type(node) is ast.BinOp and type(node.op) in OPERATORS:
+        sign, rank, apply = OPERATORS[type(node.op)]
+        (a, left, left_rank), (b, right, right_rank) = read(node.left), read(node.right)
+        left = left if left_rank >= rank else f"({left})"
+        right = right if right_rank > rank or right_rank == rank and sign in "+*" else f"({right})"
+        return apply(a, b), left + sign + right, rank
+    raise ValueError("not arithmetic")
+
+
+def evaluate(text):
+    """One expression over numbers, + - * /, unary minus and parentheses -> (exact value, shortest text), or None.
+
+    Nothing is executed: the characters are checked, Python's parser only reads, `read` takes the few nodes of this grammar.
+    """
+    return cached_value(text) if len(text) <= 200 else None
+
+
+@lru_cache(8192)
+def cached_value(text):
+    if not re.fullmatch(r"[-+*/(). 0-9]+", text) or re.search(r"(?<![0-9.])0[0-9]", text):  # no leading zeros
+        return None
+    try:
+        value, shortest, _ = read(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
+    shortest = re.sub(r"(^|[(*/])\+", r"\1", shortest.replace("--", "+").replace("+-", "-"))  # 2--3 is a padded 2+3
+    return value, shortest
+
+
+def expression(said, row):
+    """(value, shortest text, text) of a countdown answer that keeps to the rules, whatever its value; else None."""
+    said = plain(said).strip() if len(said) < 2000 else ""
+    body, equals, result = said.partition("=")
+    if len(said) > 200 or "." in body or equals and result.strip() != str(row["target"]):
+        return None
+    if sorted(map(int, re.findall("[0-9]+", body))) != sorted(row["nums"]):
+        return None
+    found = evaluate(body)
+    return found and (*found, said)
+
+
+def countdown(said, row):
+    """One expression that uses each given number exactly once and equals the target.
+
+    - over non-negative ASCII integers without leading zeros, + - * /, unary minus and parentheses; nothing else (no unary plus,
+      powers, `//`, decimals, exponents, hex, `_`, names, calls, comments, `\\boxed`, `\\frac`, `$`), at most 200 characters
+    - after `×`, `·`, `\\times`, `\\cdot` became `*`, `÷`, `\\div` became `/`, U+2212 became `-`, any Unicode space a space
+    - it may end in `= t`, t being the true target
+    - its value, an exact rational, equals the target
+    """
+    found = expression(said, row)
+    return found is not None and found[0] == row["target"]
+
+
+# ---------------------------------------------------------------------------------------------- gsm8k
+
+DECORATION = re.compile(r"\*+|__|`|\\(?:boxed|text|textbf|textrm|mathbf|mathrm)(?![a-z])|\\?[$%]|[€£¥₹₩₽¢{}()]|\\[()\[\],;:! ]")
+NO_UNIT = frozenset("""or and not no is isn to than plus minus times over point squared cubed half dozen dozens hundred hundreds thousand
+    thousands million millions billion billions trillion k K M bn e i n x y z pi π st nd rd th wrong""".split())
+
+
+@lru_cache(8192)
+def one_number(text):
+    if any(c.isnumeric() and not c.isascii() for c in text):
+        return None
+    text = re.sub(r"\s", " ", text.strip().replace("\u2212", "-").replace("\\!", ""))
+    text = re.sub(r"(?<=[0-9])(?:(\{,\})|\\,)(?=[0-9])", lambda match: "," if match[1] else " ", text)
+    text = DECORATION.sub("\0", text)  # a mark, so that what stood on its two sides is not glued together
+    found = list(re.finditer(NUMERAL, text))
+    if len(found) != 1:
+        return None
+    before, after = (part.replace("\0", " ").strip() for part in (text[:found[0].start()], text[found[0].end():]))
+    sign = re.fullmatch(r"(?:[^\W\d_][^\W\d_ ]{0,20}(?: [^\W\d_]{1,20}){0,5} ?(?:=|:| is))? ?([-+]?)", before)
+    unit = re.fullmatch(r"(?:[°'/-]? ?[^\W\d_]{1,20}\.?){0,6} ?\.?", after)
+    if not sign or not unit or not NO_UNIT.isdisjoint(re.findall(r"\w+", after)):
+        return None
+    return Fraction(sign[1] + re.sub("[, ]", "", found[0][0]))
+
+
+def number(text):
+    """The exact value of a text that holds exactly one number, or None."""
+    return one_number(text) if len(text) <= 200 else None
+
+
+def gsm8k_gold(row):
+    return number(row["answer"].rpartition("####")[2].strip())
+
+
+def gsm8k(said, row):
+    """Exactly one number, equal to the gold as an exact decimal: 18 = 18.00 = +18, not -18.
+
+    - not part of the number: currency signs (`-$18` too), `%`, their escaped forms, bold, `\\boxed`, `\\text{}`, a unit,
+      `x =`, a final full stop, thousands separators in true groups of three (`1,000`, `1{,}000`, `1 000`)
+    - wrong: `1,0,0,0`, `18 (2 steps)`, `17, 18, 19`, `9+9`, `36/2`, `1.8e1`, words (`eighteen`, `18 thousand`, `18 or more`),
+      non-ASCII digits, more than 200 characters
+    - U+2212 is a minus
+    """
+    value = number(said)
+    return value is not None and value == gsm8k_gold(row)
+
+
+# ---------------------------------------------------------------------------------------------- math, arc, code
+
+def not_yet(said, row):
+    raise NotImplementedError(f"the {row.get('task', 'math, arc and code')} grader is not there yet")
+
+
+# ---------------------------------------------------------------------------------------------- the other parts
+
+def format_part(text, style):
+    """1.0: one non-empty reasoning block, then one non-empty answer block, and white space; no tag repeated or nested."""
+    tags = [f"<{style}>", f"</{style}>", "<answer>", "</answer>"]
+    pieces = re.split("(" + "|".join(tags) + ")", text)
+    filled = [bool(piece.strip()) for piece in pieces[::2]]
+    return float(pieces[1::2] == tags and filled == [False, True, False, True, False])
+
+
+def length_part(n_tokens, length=LENGTH):
+    """0 up to length[0] tokens, falling linearly to -1 at length[1]; 0 where n_tokens is None."""
+    start, end = length
+    return 0.0 if n_tokens is None or n_tokens <= start else -1.0 if n_tokens >= end else -(n_tokens - start) / (end - start)
+
+
+TERM = r"-?\(*-?[0-9]{1,12}(?:\.[0-9]{1,9})?\)*"
+SIDE = rf"{TERM}(?:[-+*/]{TERM})*"
+EQUATIONS = re.compile(rf"(?<![-+*/^=.()\w\\]){SIDE}(?:={SIDE})+(?![-+*/^(\w\\]|\.[0-9])")
+
+
+def take(pool, operands, result):
+    """The numbers at hand after a step that uses up `operands` and leaves `result`; None where one of them is not at hand."""
+    pool = list(pool)
+    for operand in operands:
+        if operand not in pool:
+            return None
+        pool.remove(operand)
+    return tuple(sorted([*pool, result]))
+
+
+def process_part(text, style, nums=None):
+    """Share of the distinct equations of the reasoning that are true: an expression and what it equals, `3+5=8`.
+
+    Repeating one earns nothing more. With `nums` (countdown) the operands must also be at hand at that point: given numbers, or
+    results of true equations so far, each used up by the step that takes it. A step may go on from any point reached before, so
+    that several tries start afresh. At most 200 equations of the first 50,000 characters count.
+    """
+    text = text[:max(text.rfind(f"</{style}>"), 0)][:50_000].rpartition(f"<{style}>")[2]
+    if "=" not in text:
+        return 0.0
+    text = re.sub(r"(?m)^[ \t]*[-*\u2022][ \t]+|[$,](?=[0-9])", "", SIGN.sub(lambda match: SIGNS[match[0]], text))  # bullets, $18, 1,000
+    text = re.sub(r"[ \t]*([-+*/=])[ \t]*", r"\1", text)
+    pools = [tuple(sorted(map(Fraction, nums)))] if nums is not None else []
+    verdicts = {}
+    for chain in EQUATIONS.findall(text):
+        sides = chain.split("=")
+        for left, right in zip(sides, sides[1:]):
+            if len(verdicts) >= 200 or (left, right) in verdicts or not re.search(r"[0-9)][-+*/]", left + " " + right):
+                continue
+            a, b = evaluate(left), evaluate(right)
+            verdicts[left, right] = holds = a is not None and b is not None and a[0] == b[0]
+            if holds and nums is not None:
+                steps = [[Fraction(x) for x in re.findall(r"[0-9.]+", side)] for side in (left, right)]
+                steps = [step for step, side in zip(steps, (left, right)) if re.search(r"[0-9)][-+*/]", side)]
+                reached = [[after for pool in pools if (after := take(pool, step, abs(a[0])))] for step in steps]
+                verdicts[left, right] = all(reached)
+                pools += [pool for pool in reached[0] if pool not in pools][:64 - len(pools)] if all(reached) else []
+    return sum(verdicts.values()) / len(verdicts) if verdicts else 0.0
+
+
+def efficiency_part(said, row):
+    """Length of the shortest way to write a right expression / its length as written: parentheses and padding cost."""
+    _, shortest, written = expression(said, row)
+    return min(1.0, len(shortest) / len(written))
+
+
+# ---------------------------------------------------------------------------------------------- scores
+
+def grade(task, text, row, style, strict):
+    """(1.0 or 0.0, the answer that it is for)."""
+    said = answer(text, style, strict, TASKS[task].get("labels", lambda row: None)(row))
+    return float(bool(said) and TASKS[task]["grade"](said, row)), said
+
+
+def correct(task, text, row, style="reasoning", strict=True):
+    """1.0 where the answer is right, else 0.0."""
+    return grade(task, text, row, style, strict)[0]
+
+
+def score(task, text, row, style="reasoning", weights=None, n_tokens=None, length=LENGTH):
+    """Every part by name, and their weighted sum "reward". Parts that `weights` does not name weigh nothing."""
+    right, said = grade(task, text, row, style, True)
+    is_countdown = task == "countdown"
+    parts = {
+        "correct": right,
+        "format": format_part(text, style),
+        "length": length_part(n_tokens, length),
+        "process": process_part(text, style, row["nums"] if is_countdown else None),
+        "efficiency": efficiency_part(said, row) if right and is_countdown else 0.0,
+    }
+    weights = WEIGHTS if weights is None else weights
+    # summed exactly and rounded, so that rounding cannot put a wrong answer above a right one
+    parts["reward"] = round(math.fsum(weight * parts[part] for part, weight in weights.items()), 9)
+    return parts
+
+
+def score_batch(tasks, texts, rows, style="reasoning", weights=None, n_tokens=None, length=LENGTH):
+    """score() for many, in their order."""
+    n_tokens = n_tokens or [None] * len(texts)
+    return [score(task, text, row, style, weights, n, length) for task, text, row, n in zip(tasks, texts, rows, n_tokens, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------- what a task asks
+
+FORM = """{0}
+
+First reason step by step between <{1}> and </{1}>. Then give the answer alone between <answer> and </answer>:
+<{1}>
+your reasoning
+</{1}>
+<answer>
+your answer
+</answer>"""
+
+
+def arc_question(row):
+    return "\n".join([row["question"], *(f"{label}) {text}" for label, text in zip(row["choices"]["label"], row["choices"]["text"]))])
+
+
+def code_question(row):
+    """MBPP's own prompt: the task, then the tests, without which the function's name would be a guess."""
+    return f"{row['text']}\nYour code should pass these tests:\n\n" + "\n".join(row["test_list"])
+
+
+# columns: name -> type, a list of one type, or a dict of columns. data: the default PATH, with the hub's configuration after a blank.
+# instruction: the system turn, before the form. ask: row -> the user turn, the problem alone. gold: row -> None where the row has none.
+TASKS = {
+    "countdown": {
+        "columns": {"nums": [int], "target": int}, "data": "data/countdown", "grade": countdown,
+        "instruction": "You solve Countdown number problems. Combine the given numbers with +, -, *, / and parentheses into one expression "
+                       "that equals the target. Use each number exactly once. The answer is the expression alone.",
+        "ask": lambda row: f"Numbers: {row['nums']}\nTarget: {row['target']}",
+        "gold": lambda row: min(row["nums"], default=-1) >= 0 or None, "needs": "'nums' must hold numbers of 0 or more",
+    },
+    "gsm8k": {
+        "columns": {"question": str, "answer": str}, "data": "openai/gsm8k main", "grade": gsm8k,
+        "instruction": "You solve grade-school math word problems. The answer is one number alone, without unit or explanation.",
+        "ask": lambda row: row["question"],
+        "gold": gsm8k_gold, "needs": "'answer' must end in one number, as in '#### 72'",
+    },
+    "math": {
+        "columns": {"problem": str}, "data": "HuggingFaceH4/MATH-500", "grade": not_yet,
+        "instruction": "You solve mathematics problems. The answer is the final result alone, in LaTeX, simplified and exact.",
+        "ask": lambda row: row["problem"],
+        "gold": lambda row: row["answer"] if isinstance(row.get("answer"), str) else last_box(str(row.get("solution"))),
+        "needs": "needs a column 'answer', or a 'solution' with a \\boxed{}",
+    },
+    "arc": {
+        "columns": {"question": str, "choices": {"text": [str], "label": [str]}, "answerKey": str}, "data": "allenai/ai2_arc ARC-Challenge",
+        "grade": not_yet,
+        "instruction": "You answer multiple-choice science questions. The answer is the label of the right choice alone.",
+        "ask": arc_question, "labels": lambda row: row["choices"]["label"],
+        "gold": lambda row: row["answerKey"] in row["choices"]["label"] and len(row["choices"]["label"]) == len(row["choices"]["text"]) or None,
+        "needs": "'answerKey' must be one of the labels, with as many labels as texts in 'choices'",
+    },
+    "code": {
+        "columns": {"text": str, "test_list": [str], "test_setup_code": str}, "data": "google-research-datasets/mbpp", "grade": not_yet,
+        "instruction": "You write Python programs. The answer is the whole program in one fenced block (```python), with its imports, without "
+                       "tests or examples of use.",
+        "ask": code_question,
+        "gold": lambda row: row["test_list"] or None, "needs": "'test_list' must not be empty",
+    },
+}
+
+
+def messages(task, row, style="reasoning"):
+    """The chat prompt: all instructions in the system turn, the problem alone in the user turn."""
+    return [{"role": "system", "content": FORM.format(TASKS[task]["instruction"], style)},
+            {"role": "user", "content": TASKS[task]["ask"](row)}]
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+def fits(value, kind):
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(item, kind[0]) for item in value)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(fits(value.get(name), of) for name, of in kind.items())
+    return type(value) is kind
+
+
+def checked(task, row, place):
+    """The row with its task; DataError where a column is missing, of a wrong type, or holds no gold answer."""
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: a row must be an object with the columns {', '.join(TASKS[task]['columns'])}")
+    for column, kind in TASKS[task]["columns"].items():
+        if column not in row:
+            raise DataError(f"{place}: column '{column}' is missing (task {task} needs {', '.join(TASKS[task]['columns'])})")
+        if not fits(row[column], kind):
+            wanted = json.dumps(kind, default=lambda kind: kind.__name__).replace('"', "")
+            raise DataError(f"{place}: column '{column}' must be {wanted}, not {json.dumps(row[column], default=str)[:60]}")
+    if TASKS[task]["gold"](row) is None:
+        raise DataError(f"{place}: {TASKS[task]['needs']}")
+    return {**row, "task": task}
+
+
+def jsonl_rows(file):
+    with open(file, "rb") as lines:
+        for i, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield f"{file}, line {i}", json.loads(line.decode("utf-8-sig"))
+            except json.JSONDecodeError as error:
+                raise DataError(f"{file}, line {i}, column {error.colno}: broken JSON ({error.msg})") from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{file}, line {i}: cannot be read ({error})") from None
+
+
+def parquet_rows(file):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{file}: reading Parquet needs `pip install pyarrow`") from None
+    with pyarrow.parquet.ParquetFile(file) as parquet:
+        for i, row in enumerate((row for batch in parquet.iter_batches() for row in batch.to_pylist()), 1):
+            yield f"{file}, row {i}", row
+
+
+def hub_rows(path, config, split):
+    try:
+        import datasets
+        loaded = datasets.load_dataset(path, config, split={"val": "validation"}.get(split, split))
+    except ImportError:
+        raise DataError(f"{path}: reading from the hub needs `pip install datasets`") from None
+    except Exception as error:  # network, missing set, missing split: the library has a dozen types for these
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: not a file or folder here, and the hub does not give its split '{split}' ({reason})") from None
+    return ((f"{path}, row {i}", row) for i, row in enumerate(loaded, 1))
+
+
+def load_rows(source, split):
+    """Rows of a SOURCE, `TASK[=PATH][:N]`, each checked and with its "task" added. split: train, val or test.
+
+    PATH is a .jsonl or .parquet file (whatever the split), a folder that holds {split}.jsonl or {split}.parquet, or else a hub id.
+    """
+    spec, colon, count = source.rpartition(":") if ":" in source else (source, "", "")
+    task, equals, path = spec.partition("=")
+    if task not in TASKS:
+        raise DataError(f"{source}: no task '{task}'; a source is TASK[=PATH][:N], TASK one of {', '.join(TASKS)}")
+    if colon and not re.fullmatch("0*[1-9][0-9]{0,11}", count) or equals and not path:
+        raise DataError(f"{source}: a source is TASK[=PATH][:N], N the number of rows to take, 1 or more")
+    path, _, config = (path or TASKS[task]["data"]).partition(" ")
+    names = ("val", "validation") if split in ("val", "validation") else (split,)
+    here = Path(path).expanduser()
+    try:
+        if here.is_dir():
+            files = [here / (name + suffix) for name in names for suffix in (".jsonl", ".parquet")]
+            if not (file := next((file for file in files if file.is_file()), None)):
+                held = ", ".join(sorted(other.name for other in here.iterdir())[:8]) or "nothing"
+                raise DataError(f"{here}: no {files[0].name} or {files[1].name} in this folder (it holds {held})")
+            here = file
+        if here.is_file():
+            rows = {".jsonl": jsonl_rows, ".parquet": parquet_rows}.get(here.suffix)
+            if rows is None:
+                raise DataError(f"{here}: a data file must end in .jsonl or .parquet")
+            rows = rows(here)
+        elif here.is_absolute() or here.suffix in (".jsonl", ".parquet") or path.count("/") != 1 or here.parent.exists() or path[0] in ".~":
+            hint = "; make it with `python countdown.py`" if path == "data/countdown" else ""
+            raise DataError(f"{here}: no such file or folder{hint}")
+        else:
+            rows = hub_rows(path, config or None, split)
+        rows = [checked(task, row, place) for place, row in islice(rows, int(count) if colon else None)]
+    except OSError as error:
+        raise DataError(f"{here}: cannot be read ({error.strerror or error})") from None
+    except DataError:
+        raise
+    except ValueError as error:  # pyarrow's own errors
+        raise DataError(f"{here}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+    if not rows:
+        raise DataError(f"{here}: holds no rows")
+    return rows

@@ -1,0 +1,12 @@
+"""The scripts stand in the folder above; tests import them as modules."""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+try:
+    import torch
+except ImportError:  # the graders need no torch
+    pass
+else:
+    torch.set_num_threads(1)  # models this small only lose time between threads
