@@ -37,6 +37,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -78,10 +79,9 @@ def number(kind, low, high=math.inf, why=""):
     """An argparse type: a finite `kind` between low and high."""
     def convert(text):
         with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high and math.isfinite(kind(text)):
+            if low <= kind(text) <= high and kind(text) < math.inf:
                 return kind(text)
-        bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-        raise argparse.ArgumentTypeError(f"{text} is not {'a whole' if kind is int else 'a'} number {bound}{why}")
+        raise argparse.ArgumentTypeError(f"{text}: a {kind.__name__} from {low:g} to {high:g}{why}")
     return convert
 
 
@@ -158,14 +158,12 @@ def parse_args(argv=None):
     flag("--overwrite", action="store_true", help="drop the run that is in OUTPUT_DIR")
     flag("--seed", type=number(int, 0), default=0, help="of data order and sampling")
     args = p.parse_args(argv)
-    if args.load_in_4bit and not args.lora_rank:
-        fail("--load_in_4bit: 4-bit weights cannot be trained, add --lora_rank 16")
-    if args.merge and not args.lora_rank:
-        fail("--merge: there is an adapter to merge only with --lora_rank")
-    if args.length_penalty[0] >= args.length_penalty[1]:
-        fail("--length_penalty: START must be below END")
-    if args.resume and args.overwrite:
-        fail("--resume and --overwrite: choose one")
+    for wrong, message in [
+            (args.load_in_4bit and not args.lora_rank, "--load_in_4bit: 4-bit weights cannot be trained, add --lora_rank 16"),
+            (args.merge and not args.lora_rank, "--merge: there is an adapter to merge only with --lora_rank"),
+            (args.length_penalty[0] >= args.length_penalty[1], "--length_penalty: START must be below END"),
+            (args.resume and args.overwrite, "--resume and --overwrite: choose one")]:
+        fail(message) if wrong else None
     args.weights = dict.fromkeys(rewards.WEIGHTS, 0.0) | dict(args.weights)
     args.temperature_end = args.temperature_end or args.temperature
     return args
@@ -532,7 +530,7 @@ def update(run, trained, temperature, lr):
             run.masters.write_back()
         shares = gather(sums | {"grad_norm": norm / WORLD})
         metrics = {name: metrics.get(name, 0) + sum(share.get(name, 0) for share in shares) / args.inner_epochs
-                   for name in {name for share in shares for name in share}}
+                   for name in dict.fromkeys(name for share in shares for name in share)}
     run.optimizer.zero_grad()
     run.model.eval()
     refresh(run.sampler, run.model)
@@ -540,28 +538,6 @@ def update(run, trained, temperature, lr):
 
 
 # ------------------------------------------------------------------------------------------- a run and its files
-@dataclass
-class Run:
-    """What a run is made of."""
-    args: argparse.Namespace
-    tokenizer: object
-    eos_ids: set
-    data: list                      # rows, each with its "prompt_ids"
-    eval_data: list
-    curriculum: Curriculum
-    device: torch.device
-    model: torch.nn.Module          # the policy: a transformers model, or a peft model around one
-    reference: torch.nn.Module      # where the policy started, frozen; None: the policy with its adapter off, or beta is 0
-    sampler: torch.nn.Module        # the policy as a plain model
-    masters: Masters
-    optimizer: torch.optim.Optimizer
-    stop: list = field(default_factory=list)                    # the signals that asked this run to end
-
-    def check(self):
-        if self.stop and WORLD == 1:                            # several processes stop together, between steps
-            raise Stopped
-
-
 class Stopped(Exception):
     """A signal asked the run to end."""
 
@@ -613,7 +589,10 @@ def load_lm(name, args, device, load_in_4bit=False):
 
 
 def build(args, tokenizer, data, eval_data, folder):
-    """The run: from --model, or as it was when the checkpoint in `folder` was written."""
+    """All that a run is made of, from --model, or as it was when the checkpoint in `folder` was written.
+
+    model: the policy, a transformers model or a peft model around one; sampler: the same as a plain model; reference: where
+    the policy started, frozen, or None where that is the policy with its adapter off; data: rows with "prompt_ids"."""
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     reference = None
     if args.lora_rank:
@@ -649,7 +628,9 @@ def build(args, tokenizer, data, eval_data, folder):
             master.data.copy_(saved)
     model.eval()
     refresh(sampler, model)
-    return Run(args, tokenizer, eos_ids, data, eval_data, curriculum, device, model, reference, sampler, masters, optimizer)
+    return SimpleNamespace(args=args, tokenizer=tokenizer, eos_ids=eos_ids, data=data, eval_data=eval_data, device=device,
+                           curriculum=curriculum, model=model, reference=reference, sampler=sampler, masters=masters,
+                           optimizer=optimizer, check=lambda: None)
 
 
 def save_model(run, folder):
@@ -690,62 +671,55 @@ def checkpoints(output_dir):
     return sorted((p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdecimal()), key=lambda p: int(p.name[11:]))
 
 
-def newest_checkpoint(output_dir):
-    """The newest that is as it was written."""
-    for folder in reversed(checkpoints(output_dir)):
-        with contextlib.suppress(OSError, ValueError):
-            if json.loads((folder / "manifest.json").read_text()) == manifest(folder):
-                return folder
-        note(f"{folder} is damaged (a file is missing, cut off or changed): trying the one before it")
-    fail(f"--resume: there is no whole checkpoint in {output_dir}")
-
-
 def open_output(args):
-    """-> the checkpoint to go on from, or None. Another run's folder is never written to by mistake."""
-    out, folder = Path(args.output_dir), None
+    """-> the checkpoint to go on from: the newest that is as it was written; or None. Another run's folder is never written to
+    by mistake, nor is this run's with other flags."""
+    out = Path(args.output_dir)
     free = ("resume", "overwrite", "output_dir", "save_every", "keep", "sample_every", "log_to", "micro_batch_size", "sample_batch_size")
     flags = {name: value for name, value in vars(args).items() if name not in free}
-    if args.resume:
-        folder = newest_checkpoint(out)
-        then = json.loads((out / "args.json").read_text())
-        changed = [f"--{name} {then.get(name)} -> {value}" for name, value in flags.items() if then.get(name) != value]
-        if changed:
-            fail(f"--resume: not the flags that the run in {out} had: {', '.join(changed)}")
-        for path in (out / "metrics.jsonl", out / "samples.jsonl"):     # what was logged after the checkpoint comes again
-            lines = path.read_text().splitlines(keepends=True) if path.exists() and not RANK else []
-            lines = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= int(folder.name[11:])]
-            path.write_text("".join(lines)) if not RANK else None
-    elif (out / "args.json").exists() and not args.overwrite:
-        fail(f"--output_dir {out} holds a run: --resume goes on with it, --overwrite drops it")
-    elif RANK == 0:
-        for old in [*checkpoints(out), out / "merged"]:
-            shutil.rmtree(old, ignore_errors=True)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            (out / name).unlink(missing_ok=True)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "args.json").write_text(json.dumps(flags, indent=1))
+    if not args.resume:
+        if (out / "args.json").exists() and not args.overwrite:
+            fail(f"--output_dir {out} holds a run: --resume goes on with it, --overwrite drops it")
+        if RANK == 0:
+            for old in [*checkpoints(out), out / "metrics.jsonl", out / "samples.jsonl"]:
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "args.json").write_text(json.dumps(flags, indent=1))
+        return None
+    for folder in reversed(checkpoints(out)):
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads((folder / "manifest.json").read_text()) == manifest(folder):
+                break
+        note(f"{folder} is damaged (a file is missing, cut off or changed): trying the one before it")
+    else:
+        fail(f"--resume: there is no whole checkpoint in {out}")
+    then = json.loads((out / "args.json").read_text())
+    changed = [f"--{name} {then.get(name)} -> {value}" for name, value in flags.items() if then.get(name) != value]
+    if changed:
+        fail(f"--resume: not the flags that the run in {out} had: {', '.join(changed)}")
+    for path in (p for p in (out / "metrics.jsonl", out / "samples.jsonl") if p.exists() and RANK == 0):
+        lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("}\n")]     # what came after it comes again
+        path.write_text("".join(x for x in lines if json.loads(x)["step"] <= int(folder.name[11:])))
     return folder
 
 
 def logger(args):
     """-> log(metrics): a line in metrics.jsonl, and TensorBoard or W&B where asked for."""
-    board = None
+    send = lambda metrics: None                                                                             # noqa: E731
     if args.log_to == "tensorboard" and not RANK:
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(args.output_dir)
+        send = lambda metrics: [board.add_scalar(*item, metrics["step"]) for item in metrics.items()]       # noqa: E731
     if args.log_to == "wandb" and not RANK:
         import wandb
         board = wandb.init(project="grpo", name=Path(args.output_dir).name, config=vars(args), dir=args.output_dir)
+        send = lambda metrics: board.log(metrics, step=metrics["step"])                                     # noqa: E731
 
     def log(metrics):
-        if RANK == 0:
+        if not RANK:
             with open(Path(args.output_dir) / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(metrics) + "\n")
-        if args.log_to == "wandb" and board:
-            board.log(metrics, step=metrics["step"])
-        elif board:
-            for name, value in metrics.items():
-                board.add_scalar(name, value, metrics["step"])
+            send(metrics)
     return log
 
 
@@ -809,10 +783,15 @@ def main(argv=None):
     if len(data) < args.prompts_per_step:
         fail(f"--data has {len(data)} prompts, fewer than --prompts_per_step {args.prompts_per_step}")
     folder = open_output(args)
-    run, log, done = build(args, tokenizer, data, eval_data, folder), logger(args), int(folder.name[11:]) if folder else 0
+    run, log, done, stop = build(args, tokenizer, data, eval_data, folder), logger(args), int(folder.name[11:]) if folder else 0, []
+
+    def check():
+        if stop and WORLD == 1:                                 # several processes stop together, between steps
+            raise Stopped
+    run.check = check
 
     def on_signal(number, frame):
-        run.stop.append(number)
+        stop.append(number)
         signal.signal(number, signal.SIG_DFL)
         note("stopping: saving a checkpoint first; once more leaves at once")
 
@@ -838,12 +817,12 @@ def main(argv=None):
             evaluate(done)
             if done % args.save_every == 0:
                 save_checkpoint(run, done)
-            if any(gather(bool(run.stop))):
+            if any(gather(bool(stop))):
                 raise Stopped
     except Stopped:
         save_checkpoint(run, done)
         note(f"stopped after step {done} of {args.steps}; go on with: python grpo.py {shlex.join(argv or sys.argv[1:])} --resume")
-        raise SystemExit(128 + run.stop[0] if run.stop else 1)
+        raise SystemExit(128 + stop[0] if stop else 1)
     finally:
         bar.close()
         for s, handler in handlers.items():
