@@ -1,0 +1,559 @@
+"""Held-out accuracy of one or more checkpoints, side by side: a table, JSON, every sample.
+
+1. Read the rows and build each prompt as in training (`rewards.messages`, the model's own chat template; with --shots, solved
+   rows of the train split come before it as chat turns in the asked-for style). All that can be wrong with flags, data and
+   tokenizers is found here, before weights are loaded.
+2. Sample K completions of each prompt, greedily by default. Each prompt is prefilled once; finished rows leave the batch.
+3. Score with rewards.py: strictly (the answer in the asked-for form) and flexibly (the last thing that looks like one). A
+   model trained on one form looks worse to a reader of another: where the two figures part, look at the samples.
+4. Sum up each model and task in one table row, and by kind of problem.
+5. Write FILE (JSON, one object for each table row), FILE's stem + .samples.jsonl (every completion with its parts) and, for
+   K > 1, .pass_rates.jsonl (the rows with a `pass_rate`, by which grpo.py --pass_rate selects).
+
+How the figures are made
+- Intervals are Wilson's (1927), with n = number of problems: for K > 1 too wide rather than too narrow, since the K
+  completions of one problem are not independent.
+- pass@k is the unbiased estimator of Chen et al. (2021), equation 1; the table shows k = K, the JSON also 1, 2, 4, ...
+- maj@k: strict answers vote (white space removed), completions without one do not. A tie counts as the share of the tied
+  answers that are right, as if one of them was drawn by lot.
+- p is McNemar's exact test, on the problems that a model solves more often than the first model did (better) and less often
+  (worse). Above 0.05 the difference may well be chance.
+- Behaviours are counted by the rules at `BEHAVIOURS` and `tries`: on the words, not on what they mean.
+
+    python eval.py --model runs/sft runs/grpo --data countdown
+    python eval.py --model Qwen/Qwen2.5-3B-Instruct runs/grpo --data gsm8k math --shots gsm8k:4 --harness gsm8k:8
+    python eval.py --model runs/sft --data countdown --split train --samples 8 --temperature 1    # pass rates for grpo.py
+    torchrun --nproc_per_node 8 eval.py --model runs/grpo --data gsm8k                            # the same figures, sooner
+    python eval.py --curves runs/sft runs/grpo --output curves.png         # drawn by report.py, as is the next
+    python eval.py --report runs/sft runs/grpo --output report.html        # a page on these runs and on --results
+"""
+import argparse
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import rewards
+
+
+def fail(message):
+    print(f"eval.py: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse(argv):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], fromfile_prefix_chars="@",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    g = p.add_argument_group("what is evaluated")
+    g.add_argument("--model", nargs="+", default=[], help="checkpoints: folders (full, or LoRA adapter) or hub ids")
+    g.add_argument("--data", nargs="+", default=["countdown"], metavar="SOURCE", help="TASK[=PATH][:N]")
+    g.add_argument("--split", choices=["train", "val", "test"], default="test", help="which part of the data")
+    g.add_argument("--limit", type=int, default=0, help="rows of each source at most; 0: all")
+    g.add_argument("--style", choices=rewards.STYLES, default="reasoning", help="name of the reasoning tag")
+    g.add_argument("--shots", nargs="+", default=[], metavar="SOURCE", help="solved rows before each problem of their task, "
+                   "the first N of a train split: TASK[=PATH]:N; or N alone, from each source of --data")
+    g.add_argument("--chat_template", help="file with a Jinja chat template, for a tokenizer that has none")
+    g.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with a model")
+    g = p.add_argument_group("sampling")
+    g.add_argument("--samples", type=int, default=1, help="completions for each problem (K)")
+    g.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    g.add_argument("--max_new_tokens", type=int, default=1024, help="tokens of a completion at most")
+    g.add_argument("--batch_size", type=int, default=128, help="completions at a time; halved when GPU memory runs out")
+    g.add_argument("--forbid_after", nargs="+", default=[], metavar="TOKEN", help="A B ...: no token B right after a token A; "
+                   "' no' '</reasoning>' is the control that may not give up after a miss")
+    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+                   help="auto: bfloat16 on a GPU, float32 on a CPU")
+    g.add_argument("--seed", type=int, default=0, help="noise is a function of seed, row and sample alone")
+    g = p.add_argument_group("output")
+    g.add_argument("--output", default="runs/eval.json", metavar="FILE", help="table as JSON; every completion goes beside it "
+                   "(with --curves and --report: the picture, the page)")
+    g.add_argument("--harness", nargs="+", default=[], metavar="TASK[=FOLDER]:SHOTS", help="run lm-evaluation-harness on the "
+                   "models too; FOLDER has {split}.jsonl in place of the task's hub data")
+    g.add_argument("--curves", nargs="+", metavar="RUN", help="evaluate nothing, draw the training curves of these runs")
+    g.add_argument("--report", nargs="+", metavar="RUN", help="evaluate nothing, write one HTML page on these runs")
+    g.add_argument("--results", metavar="FILE", help="with --report: the evaluation that it shows; default runs/eval.json")
+    args = p.parse_args(argv)
+    for flag, least in dict(samples=1, max_new_tokens=1, batch_size=1, limit=0, seed=0).items():
+        if getattr(args, flag) < least:
+            fail(f"--{flag} {getattr(args, flag)}: must be at least {least}")
+    for bad, message in [
+        (not args.model, "--model: name at least one checkpoint"),
+        (len(set(args.model)) < len(args.model), "--model: the same checkpoint is named twice"),
+        (not 0 <= args.temperature < math.inf, f"--temperature {args.temperature}: must be 0 (greedy) or more"),
+        (args.samples > 1 and args.temperature == 0,
+         f"--samples {args.samples}: greedy completions are all the same; pass --temperature 1"),
+        (len(args.forbid_after) == 1, "--forbid_after: needs a token, and those that may not follow it"),
+        (args.chat_template and not os.path.isfile(args.chat_template), f"--chat_template {args.chat_template}: no such file"),
+        (not args.output.endswith(".json"), f"--output {args.output}: must end in .json"),
+    ]:
+        if bad:
+            fail(message)
+    return args
+
+
+# ---------------------------------------------------------------------------------------- 1. prompts and checkpoints
+
+def solved(row, style):
+    """A row's problem and its solution in the asked-for form, as chat turns."""
+    task = row["task"]
+    if task == "countdown":
+        work, said = f"{row['solution']} = {row['target']}", row["solution"]
+    elif task == "gsm8k":
+        work, _, said = re.sub(r"<<.*?>>", "", row["answer"]).rpartition("####")
+    elif task == "math":
+        work, said = row["solution"], row.get("answer") or rewards.last_box(row["solution"])
+    elif task == "arc":
+        work, said = dict(zip(row["choices"]["label"], row["choices"]["text"]))[row["answerKey"]], row["answerKey"]
+    else:
+        work, said = "The tests say what is asked for.", f"```python\n{row['code'].strip()}\n```"
+    text = f"<{style}>{work.strip()}</{style}>\n<answer>{str(said).strip()}</answer>"
+    return [rewards.messages(task, row, style)[-1], {"role": "assistant", "content": text}]
+
+
+def read_data(args):
+    """-> rows, and {task: the chat turns that come before its problems}"""
+    shots = args.shots
+    if len(shots) == 1 and shots[0].isdigit():
+        shots = [f"{re.sub(r':[0-9]+$', '', source)}:{shots[0]}" for source in args.data]
+    turns, source = {}, None
+    try:
+        rows = [row for source in args.data for row in rewards.load_rows(source, args.split)[:args.limit or None]]
+        for source in shots:
+            for row in rewards.load_rows(source, "train"):
+                turns.setdefault(row["task"], []).extend(solved(row, args.style))
+    except rewards.DataError as e:
+        fail(e)
+    except KeyError as e:
+        fail(f"--shots {source}: its rows have no solution to show (column {e})")
+    return rows, turns
+
+
+def open_checkpoint(name, args, rows=(), shots={}):
+    """All of a checkpoint but its weights: where they are, tokenizer, end tokens, the prompts' ids. Refuses what cannot work."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    weights, code = name, {"trust_remote_code": args.trust_remote_code}
+    adapter = name if os.path.exists(f"{name}/adapter_config.json") else None
+    if adapter:
+        weights = json.loads(Path(name, "adapter_config.json").read_text())["base_model_name_or_path"]
+    elif os.path.isdir(name) and not os.path.exists(f"{name}/config.json"):
+        inner = sorted(d.name for d in Path(name).iterdir() if list(d.glob("*config.json")))
+        fail(f"--model {name}: holds no model (config.json or adapter_config.json)"
+             + (f"; {', '.join(inner)} in it does" if inner else ""))
+    try:
+        config = AutoConfig.from_pretrained(weights, **code)
+        tokenizer = AutoTokenizer.from_pretrained(name if os.path.exists(f"{name}/tokenizer_config.json") else weights, **code)
+    except (OSError, ValueError, KeyError) as e:
+        fail(f"--model {name}: no such folder, and no such model on the hub or no network ({str(e).strip().splitlines()[0]})")
+    if args.chat_template:
+        tokenizer.chat_template = Path(args.chat_template).read_text()
+    if not tokenizer.chat_template:
+        fail(f"--model {name}: its tokenizer has no chat template; pass one with --chat_template FILE (Jinja)")
+    try:
+        ends = GenerationConfig.from_pretrained(weights).eos_token_id            # a list for Qwen2.5-Instruct
+    except OSError:
+        ends = config.get_text_config().eos_token_id
+    eos_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    if not eos_ids:
+        fail(f"--model {name}: neither its tokenizer nor its generation config names an end token")
+    chats = [rewards.messages(row["task"], row, args.style) for row in rows]
+    prompts = [tokenizer.apply_chat_template(chat[:-1] + shots.get(row["task"], []) + chat[-1:], add_generation_prompt=True,
+                                             tokenize=True, return_dict=False) for chat, row in zip(chats, rows)]
+    most, context = max(map(len, prompts), default=0), config.get_text_config().max_position_embeddings
+    if most + args.max_new_tokens > context:
+        fail(f"--max_new_tokens {args.max_new_tokens}: the longest prompt has {most} tokens, and {name} reads {context} in all")
+    forbid = [tokenizer.encode(text, add_special_tokens=False) for text in args.forbid_after]
+    for text, ids in zip(args.forbid_after, forbid):
+        if len(ids) != 1:
+            fail(f"--forbid_after {text!r}: {len(ids)} tokens, not one, for {name}")
+    return dict(name=name, weights=weights, adapter=adapter, tokenizer=tokenizer, eos_ids=sorted(eos_ids), prompts=prompts,
+                forbid=[ids[0] for ids in forbid])
+
+
+def load_model(checkpoint, args, device):
+    """A full checkpoint, or base and adapter merged in memory."""
+    from transformers import AutoModelForCausalLM
+    dtype = getattr(torch, args.dtype) if args.dtype != "auto" else torch.float32 if device == "cpu" else torch.bfloat16
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint["weights"], dtype=dtype, trust_remote_code=args.trust_remote_code)
+        if checkpoint["adapter"]:
+            from peft import PeftModel
+            model = PeftModel.from_pretrained(model, checkpoint["adapter"]).merge_and_unload()
+    except (OSError, ValueError, KeyError) as e:
+        fail(f"--model {checkpoint['name']}: {str(e).strip().splitlines()[0]}")
+    return model.to(device).eval()
+
+
+# ---------------------------------------------------------------------------------------- 2. sampling
+
+def uniforms(seed, row, n, length):
+    """[n, length] numbers in [0, 1) for the n completions of a row: they depend on (seed, row, completion) alone."""
+    streams = (np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, sample, row])) for sample in range(n))
+    return torch.from_numpy(np.stack([stream.random(length, dtype=np.float32) for stream in streams]))
+
+
+def pick(logits, temperature, u):
+    """logits [n, V], u [n] uniform or None (greedy) -> ids [n]"""
+    if u is None:
+        return logits.argmax(-1)
+    mass = (logits.float() / temperature).softmax(-1).cumsum(-1)   # inverse CDF: the first id whose cumulated mass exceeds u
+    return torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+
+
+@torch.inference_mode()
+def generate(model, prompts, noise, *, max_new_tokens, temperature, eos_ids, group_size=1, forbid=()):
+    """P prompts (lists of ids), each prefilled once and forked -> P * group_size completions (lists of ids that end with
+    an end token, unless cut off). noise: [P * group_size, max_new_tokens] from `uniforms`, or None for greedy.
+    Finished rows leave the batch. forbid: (a, b, ...): no token b right after a token a."""
+    device, width = model.device, max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)               # left-padded [P, W]
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)   # by length, not by id
+    padded = bool((mask == 0).any())
+    out = model(input_ids=ids, attention_mask=mask if padded else None, use_cache=True, logits_to_keep=1,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(group_size, 0)        # [n, V]
+    cache.batch_repeat_interleave(group_size)
+    mask = mask.repeat_interleave(group_size, 0)
+    position = mask.sum(1)                                                                         # [n] of the next token
+    rows, done = torch.arange(len(mask), device=device), torch.zeros(len(mask), dtype=torch.bool, device=device)
+    tokens = torch.full((len(mask), max_new_tokens), -1, device=device)                            # -1: after the end
+    stop, forbid = torch.tensor(eos_ids, device=device), torch.tensor(forbid, dtype=torch.long, device=device)
+    for t in range(max_new_tokens):
+        if len(forbid) and t:
+            after = (token == forbid[0]).nonzero()                                                 # [m, 1]
+            logits = logits.index_put((after, forbid[1:]), logits.new_tensor(-math.inf))
+        token = pick(logits, temperature, None if noise is None else noise[rows, t])
+        tokens[rows, t] = token.masked_fill(done, -1)
+        done = done | torch.isin(token, stop)
+        alive = len(done) - int(done.sum())
+        if not alive or t + 1 == max_new_tokens:
+            break
+        if alive <= 0.9 * len(done):                   # a drop copies the cache: not one for every row that ends
+            keep = (~done).nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            rows, done, token, mask, position = rows[keep], done[keep], token[keep], mask[keep], position[keep]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        out = model(input_ids=token[:, None], attention_mask=mask if padded else None, position_ids=position[:, None],
+                    past_key_values=cache, use_cache=True)
+        logits, position = out.logits[:, -1], position + 1
+    return [[i for i in row if i >= 0] for row in tokens.tolist()]
+
+
+def evaluate(model, checkpoint, rows, args, file, rank=0, world=1):
+    """Samples and scores this process's share of the rows; completions go to `file` as soon as they are scored."""
+    prompts, K, records = checkpoint["prompts"], args.samples, []
+    # Longest first: what does not fit in memory shows at once, and the time left is never more than it says.
+    todo = sorted(range(len(rows)), key=lambda i: (-len(prompts[i]), i))[rank::world]
+    bar = tqdm(total=len(todo) * K, desc=checkpoint["name"], unit=" completions", disable=rank > 0,
+               mininterval=0.5 if sys.stderr.isatty() else 30)
+    size = max(1, args.batch_size // K)
+    while todo:
+        batch = todo[:size]
+        noise = torch.cat([uniforms(args.seed, i, K, args.max_new_tokens) for i in batch]) if args.temperature else None
+        try:
+            ids = generate(model, [prompts[i] for i in batch], noise if noise is None else noise.to(model.device),
+                           max_new_tokens=args.max_new_tokens, temperature=args.temperature, eos_ids=checkpoint["eos_ids"],
+                           group_size=K, forbid=checkpoint["forbid"])
+        except torch.OutOfMemoryError:
+            if size == 1:
+                fail(f"out of GPU memory with one prompt at a time: lower --samples {K} or --max_new_tokens")
+            size //= 2
+            tqdm.write(f"eval.py: out of GPU memory; going on with {size * K} completions at a time", file=sys.stderr)
+            torch.cuda.empty_cache()
+            continue
+        todo = todo[size:]
+        texts = checkpoint["tokenizer"].batch_decode(ids, skip_special_tokens=True)
+        which = [(i, sample) for i in batch for sample in range(K)]
+        for (i, sample), seq, record in zip(which, ids, score([rows[i] for i, _ in which], texts, ids, args.style)):
+            records.append({"model": checkpoint["name"], "row": i, "sample": sample, **record, "n_tokens": len(seq),
+                            "truncated": seq[-1] not in checkpoint["eos_ids"]})
+        file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records[-len(ids):])
+        file.flush()
+        bar.update(len(ids))
+        tokens = sum(r["n_tokens"] for r in records)
+        bar.set_postfix_str(f"{tokens / max(1e-9, bar.format_dict['elapsed']):,.0f} tokens/s", refresh=False)
+    bar.close()
+    return records
+
+
+# ---------------------------------------------------------------------------------------- 3. scoring
+
+def score(rows, texts, ids, style):
+    """-> what is known of each completion but its length, a flat dict each"""
+    parts = rewards.score_batch([row["task"] for row in rows], texts, rows, style=style, n_tokens=[len(i) for i in ids])
+    answers = [rewards.answer(text, style) for text in texts]
+
+    def flexible(i):                    # reads on only where strict finds no answer, so that no program is run twice
+        if answers[i] is not None or parts[i]["correct"]:
+            return parts[i]["correct"]
+        return rewards.correct(rows[i]["task"], texts[i], rows[i], style, strict=False)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        loose = list(pool.map(flexible, range(len(texts))))
+    return [{"task": row["task"], "prompt": rewards.messages(row["task"], row, style)[-1]["content"], "completion": text,
+             "answer": answer, **part, "correct_flexible": also, "by": kinds(row), "behaviour": behaviour(text, row, style)}
+            for row, text, answer, part, also in zip(rows, texts, answers, parts, loose)]
+
+
+GEOMETRY = re.compile(r"\b(area|perimeter|circumference|radius|diameter|triang\w*|rectang\w*|circ(le|ular)\w*|cubic|volume|"
+                      r"square (feet|foot|inch\w*|met\w*|yards?|miles?)|angles?|diagonal\w*|polygon\w*)\b", re.IGNORECASE)
+
+
+def kinds(row):
+    """What the breakdown groups a problem by. gsm8k: its steps are the answer's <<calculations>> (or lines, where it has none),
+    and it is geometry if its question has a word of GEOMETRY."""
+    if row["task"] == "gsm8k":
+        work = row["answer"].rpartition("####")[0]
+        steps = work.count("<<") or len(work.strip().splitlines())
+        return {"steps": str(steps) if steps < 8 else "8+", "geometry": "yes" if GEOMETRY.search(row["question"]) else "no"}
+    found = {"numbers": str(len(row["nums"]))} if row["task"] == "countdown" else {}
+    return found | {k: str(row[k]) for k in ("difficulty", "subject", "level") if row.get(k) not in (None, "")}
+
+
+BEHAVIOURS = {  # after Gandhi et al. (2025): a completion shows one if its reasoning has one of these phrases
+    "checks": r"\b(verif(y|ies|ied|ying)|double.check\w*|let('s| me|s) check|to check|check(ing)?:|checks out)\b|\b(ok|no)$",
+    "goes back": r"\b(wait|actually|hmm|no,|start(ing)? over|go(ing)? back|try (again|another|something else|a different)|"
+                 r"(does|did)(n't| not) work|that('s| is) (wrong|incorrect|not)|instead)\b| no$",
+    "sets sub-goals": r"\b(step [1-9]|first(ly)?,? |next, |finally, |we (first )?need to (find|get|make|know)|so that we can)",
+}
+BEHAVIOURS = {name: re.compile(rule, re.IGNORECASE | re.MULTILINE) for name, rule in BEHAVIOURS.items()}
+OPERATORS = "-+*/×·÷−"
+EQUATION = re.compile(rf"([\d(][\d (){OPERATORS}]{{2,80}})= *(\d+)".replace("-+", r"\-+"))
+
+
+def behaviour(text, row, style):
+    reasoning = text.rpartition(f"</{style}>")[0] or text
+    found = {name: bool(rule.search(reasoning)) for name, rule in BEHAVIOURS.items()}
+    return found | tries(reasoning, row) if row["task"] == "countdown" else found
+
+
+def tries(reasoning, row):
+    """Countdown: a try is a line whose equations have as many operators as it takes to use every number. A result that stands
+    in a later equation of the line is the expression that made it, so that `5*2=10 10+3=13` is (5*2)+3; a try is a hit if
+    this whole expression truly solves the problem. Repeated: the same line before, but for blanks and words."""
+    seen, hits, hit = [], 0, True
+    for line in reasoning.splitlines():
+        made, expression, operators = {}, "", 0
+        for left, result in EQUATION.findall(line):
+            operators += sum(c in OPERATORS for c in left)
+            expression = re.sub(r"\d+", lambda number: made.pop(number[0], number[0]), left)
+            made[result] = f"({expression})"
+        if operators == len(row["nums"]) - 1:
+            hit = bool(rewards.correct("countdown", f"<answer>{expression}</answer>", row))
+            seen, hits = seen + ["".join(c for c in line if c in OPERATORS + "0123456789()=")], hits + hit
+    return {"tries": len(seen), "hits": hits, "repeated": len(seen) - len(set(seen)), "stops after a miss": not hit}
+
+
+# ---------------------------------------------------------------------------------------- 4. statistics
+
+def wilson(p, n, z=1.959964):
+    """95 % interval of a share p of n (Wilson 1927): right near 0 and 1 too, where p +- 2 s is not."""
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def pass_at_k(n, c, k):
+    """Chance that k of n completions, c of them right, hold a right one (Chen et al. 2021, equation 1)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def maj_at_k(answers, correct):
+    """Is the most frequent answer right? A tie counts as the share of the tied answers that are right."""
+    keys = [None if a is None else "".join(a.split()) for a in answers]
+    votes = Counter(k for k in keys if k is not None)
+    tied = [k for k, count in votes.items() if count == max(votes.values())]
+    return sum(correct[keys.index(k)] for k in tied) / len(tied) if tied else 0.0
+
+
+def mcnemar(better, worse):
+    """Two-sided exact binomial p of a split so uneven among the problems on which two models differ."""
+    n = better + worse
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(better, worse) + 1)) / 2 ** n)
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def summarise(records, first):
+    """The records of one model and task -> its table row. first: {row: pass rate} of the first model, for the paired test."""
+    problems = {}
+    for r in records:
+        problems.setdefault(r["row"], []).append(r)
+    n, K, right = len(problems), len(records) // len(problems), [[r["correct"] for r in of] for of in problems.values()]
+    accuracy = mean(r["correct"] for r in records)
+    low, high = wilson(accuracy, n)
+    row = {"model": records[0]["model"], "task": records[0]["task"], "n": n, "samples": K, "accuracy": accuracy,
+           "accuracy_low": low, "accuracy_high": high, "accuracy_flexible": mean(r["correct_flexible"] for r in records),
+           "format": mean(r["format"] for r in records), "reward": mean(r["reward"] for r in records),
+           "pass_at_k": None, "maj_at_k": None, "completion_length": mean(r["n_tokens"] for r in records),
+           "truncated": mean(r["truncated"] for r in records), "by": {}}
+    if K > 1:
+        row["pass_at"] = {str(k): mean(pass_at_k(K, round(sum(of)), k) for of in right)
+                          for k in sorted({K, *(2 ** i for i in range(K.bit_length()))})}
+        row["pass_at_k"] = row["pass_at"][str(K)]
+        row["maj_at_k"] = mean(maj_at_k([r["answer"] for r in of], [r["correct"] for r in of]) for of in problems.values())
+    for kind in dict.fromkeys(kind for r in records for kind in r["by"]):
+        for value in sorted({r["by"][kind] for r in records if kind in r["by"]}):
+            of = [r for r in records if r["by"].get(kind) == value]
+            row["by"].setdefault(kind, {})[value] = {"n": len(of) // K, "accuracy": mean(r["correct"] for r in of)}
+    row["behaviour"] = {name: mean(r["behaviour"][name] for r in records) for name in BEHAVIOURS}
+    tried = [r["behaviour"] | {"truncated": r["truncated"]} for r in records if r["behaviour"].get("tries")]
+    if tried:
+        total = sum(b["tries"] for b in tried)
+        row["behaviour"] |= {"tries": total / len(records), "hits per try": sum(b["hits"] for b in tried) / total,
+                             "repeated tries": sum(b["repeated"] for b in tried) / total,
+                             "stops after a miss": mean(b["stops after a miss"] and not b["truncated"] for b in tried)}
+    rates = {i: mean(of) for i, of in zip(problems, right)}
+    if first:
+        better, worse = (sum(sign * (rates[i] - first[i]) > 0 for i in rates) for sign in (1, -1))
+        row |= {"better": better, "worse": worse, "p": mcnemar(better, worse)}
+    return row, rates
+
+
+# ---------------------------------------------------------------------------------------- lm-evaluation-harness
+
+def harness_specs(specs, limit):
+    """["gsm8k=data/gsm8k:8"] -> what lm-eval's task manager takes, all checked."""
+    if not specs:
+        return []
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        fail("--harness: lm-evaluation-harness is not installed; pip install lm-eval")
+    known, found = set(TaskManager().all_subtasks), []
+    for spec in specs:
+        match = re.fullmatch(r"([^=:]+)(?:=(.+))?:(\d+)", spec)
+        if not match or match[1] not in known:
+            fail(f"--harness {spec}: must be TASK[=FOLDER]:SHOTS, with a task of lm-eval (lm-eval ls tasks)")
+        found.append({"task": match[1], "num_fewshot": int(match[3])})
+        if match[2]:
+            files = {path.stem: str(path) for path in Path(match[2]).glob("*.jsonl")}
+            if "test" not in files:
+                fail(f"--harness {spec}: there is no {match[2]}/test.jsonl")
+            found[-1] |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+    return found
+
+
+def run_harness(model, checkpoint, specs, args):
+    """lm-eval's own figures as table rows: its prompts (in the chat template), its reading of the answers."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    lm = HFLM(pretrained=model, tokenizer=checkpoint["tokenizer"], batch_size=args.batch_size, max_length=None)
+    out = lm_eval.simple_evaluate(lm, tasks=specs, limit=args.limit or None, apply_chat_template=True, bootstrap_iters=0)
+    rows = []
+    for task, figures in out["results"].items():
+        values = {key: value for key, value in figures.items() if isinstance(value, float) and "stderr" not in key}
+        print(task, values)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------- 5. tables and files
+
+def show(table):
+    """Lines of cells, the head first -> text in columns: names to the left, figures to the right."""
+    text = [["" if c is None else f"{100 * c:.1f} %" if isinstance(c, float) else str(c) for c in line] for line in table]
+    widths = [max(map(len, column)) for column in zip(*text)]
+    return "\n".join("  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip()
+                     for line in text)
+
+
+def tables(summary):
+    """One row for each model and task; then a table for each breakdown and for the behaviours, a column for each model."""
+    K, paired = max(row["samples"] for row in summary), any("p" in row for row in summary)
+    table = [["model", "task", "n", "strict", "95 % interval", "flexible", "format"] + [f"pass@{K}", f"maj@{K}"] * (K > 1)
+             + ["tokens", "cut off"] + ["better", "worse", "p"] * paired]
+    for row in summary:
+        table.append([row["model"], row["task"], row["n"], row["accuracy"],
+                      f"{100 * row['accuracy_low']:.1f} - {100 * row['accuracy_high']:.1f}", row["accuracy_flexible"], row["format"],
+                      *[row["pass_at_k"], row["maj_at_k"]] * (K > 1), f"{row['completion_length']:.0f}", row["truncated"],
+                      *[row.get("better"), row.get("worse"), f"{row['p']:.2g}" if "p" in row else None] * paired])
+    yield table
+    for task in dict.fromkeys(row["task"] for row in summary):
+        rows = [row for row in summary if row["task"] == task]
+        head = [row["model"] for row in rows]
+        for kind, values in rows[0]["by"].items():
+            yield [[task, kind, "n", *head]] + [["", value, cell["n"], *(row["by"][kind][value]["accuracy"] for row in rows)]
+                                                for value, cell in values.items()]
+        names = dict.fromkeys(name for row in rows for name in row["behaviour"])
+        yield [[task, "reasoning", *head]] + [["", name, *(row["behaviour"].get(name) for row in rows)] for name in names]
+
+
+def write_files(args, rows, records, summary):
+    """In the order of models and rows: the same bytes for any batch size and number of processes."""
+    stem = args.output.removesuffix(".json")
+    Path(args.output).write_text(json.dumps(summary, indent=1, ensure_ascii=False))
+    files = {f"{stem}.samples.jsonl": records}
+    if args.samples > 1:
+        for row in summary:
+            rates = {}
+            for r in records:
+                if (r["model"], r["task"]) == (row["model"], row["task"]):
+                    rates.setdefault(r["row"], []).append(r["correct"])
+            name = [re.sub(r"\W+", "-", row["model"]).strip("-")] * (len(args.model) > 1)
+            name += [row["task"]] * (len(args.model) < len(summary))
+            files[".".join([stem, *name, "pass_rates.jsonl"])] = [{**rows[i], "pass_rate": mean(of)} for i, of in rates.items()]
+    for path, lines in files.items():
+        with open(path, "w") as f:
+            f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    return [args.output, *files]
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if {"--curves", "--report"} & set(argv):                    # pictures and pages need no model: report.py makes them
+        raise SystemExit(subprocess.call([sys.executable, str(Path(__file__).with_name("report.py")), *argv]))
+    args = parse(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    rows, shots = read_data(args)                                                                                  # 1
+    specs = harness_specs(args.harness, args.limit)
+    checkpoints = [open_checkpoint(name, args, rows, shots) for name in args.model]
+    so_far = args.output.removesuffix(".json") + (f".samples.{rank}.jsonl" if rank else ".samples.jsonl")
+    try:
+        os.makedirs(os.path.dirname(so_far) or ".", exist_ok=True)
+        file = open(so_far, "w")
+    except OSError as e:
+        fail(f"--output {args.output}: cannot be written ({e.strerror})")
+    if world > 1:
+        torch.distributed.init_process_group("gloo")
+    records, summary, first = [], [], {}
+    with file:
+        try:
+            for checkpoint in checkpoints:
+                model = load_model(checkpoint, args, device)
+                records += evaluate(model, checkpoint, rows, args, file, rank, world)                              # 2, 3
+                summary += run_harness(model, checkpoint, specs, args) if specs and rank == 0 else []
+                del model
+        except KeyboardInterrupt:
+            print(f"\neval.py: interrupted; the {len(records)} completions so far are in {so_far}", file=sys.stderr)
+            raise SystemExit(130)
+    if world > 1:
+        shares = [None] * world
+        torch.distributed.all_gather_object(shares, records)
+        torch.distributed.destroy_process_group()
+        records = [r for share in shares for r in share]
+        if rank:
+            return os.remove(so_far)
+    records.sort(key=lambda r: (args.model.index(r["model"]), r["row"], r["sample"]))
+    for model in args.model:                                                                                       # 4
+        for task in dict.fromkeys(row["task"] for row in rows):
+            row, rates = summarise([r for r in records if r["model"] == model and r["task"] == task], first.get(task))
+            summary.append(row)
+            first.setdefault(task, rates)
+    print(*("\n" + show(table) for table in tables(summary)), sep="\n")                                            # 5
+    print("\nwritten:", *write_files(args, rows, records, summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,392 @@
+import itertools
+import json
+import math
+import re
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import eval as ev
+import rewards
+
+TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+def save_tokenizer(folder, chat_template=TEMPLATE):
+    special = ["<|end|>", "<|user|>", "<|system|>", "<|assistant|>"]
+    words = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tok = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(special + words)}, merges=[]))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|end|>", additional_special_tokens=special[1:])
+    fast.chat_template = chat_template
+    fast.save_pretrained(folder)
+    return fast
+
+
+def toy_model(seed=0, layers=2, context=4096):
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=context, initializer_range=0.5, eos_token_id=0,
+                         bos_token_id=None, pad_token_id=None)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Two toy checkpoints, an adapter on the first, and data of three tasks."""
+    root = tmp_path_factory.mktemp("eval")
+    for seed, name in enumerate(("a", "b")):
+        toy_model(seed).save_pretrained(root / name)
+        save_tokenizer(root / name)
+    rows = [{"nums": [3, 5, 8], "target": 64, "difficulty": "easy"}, {"nums": [1, 2, 3, 4], "target": 24, "difficulty": "hard"},
+            {"nums": [7, 7, 2], "target": 16, "difficulty": "easy"}, {"nums": [9, 4, 6], "target": 11, "difficulty": "hard"}]
+    (root / "countdown").mkdir()
+    write(root / "countdown" / "test.jsonl", rows)
+    write(root / "gsm8k.jsonl", [
+        {"question": "Tom has 3 bags of 4 apples. How many?", "answer": "He has 3*4=<<3*4=12>>12.\n#### 12"},
+        {"question": "What is the area of a 2 by 5 rectangle?", "answer": "It is 10.\nSo 10.\n#### 10"}])
+    return root
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def records_of(path):
+    return [json.loads(line) for line in open(path)]
+
+
+def say(reasoning, answer):
+    return f"<reasoning>{reasoning}</reasoning>\n<answer>{answer}</answer>"
+
+
+def speak(monkeypatch, folder, reply):
+    """The sampler replaced by reply(prompt text, sample) -> completion: known figures through the whole script."""
+    tokenizer = ev.open_checkpoint(str(folder / "a"), ev.parse(["--model", "a"]))["tokenizer"]
+
+    def generate(model, prompts, noise, group_size=1, **_):
+        return [tokenizer.encode(reply(tokenizer.decode(p), s)) + [0] for p in prompts for s in range(group_size)]
+    monkeypatch.setattr(ev, "generate", generate)
+
+
+# ---------------------------------------------------------------- the sampler
+
+PROMPTS = [[5, 6, 7], [9] * 11, [40, 41, 42, 43, 44, 45], [100], [9, 8, 9, 8, 9, 8, 9]]
+
+
+def hf_generate(model, prompts, n, eos_ids):
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=n, eos_token_id=eos_ids, pad_token_id=259)
+    return [row[width:].tolist() for row in out]
+
+
+def test_greedy_sampling_equals_generate_token_for_token_with_left_padding_and_several_end_tokens():
+    model, eos = toy_model(), list(range(0, 40))
+    ours = ev.generate(model, PROMPTS, None, max_new_tokens=24, temperature=0, eos_ids=eos)
+    theirs = hf_generate(model, PROMPTS, 24, eos)
+    for a, b in zip(ours, theirs):
+        assert a == b[:len(a)] and set(b[len(a):]) <= {259}
+        assert a[-1] in eos or len(a) == 24
+        assert not set(a[:-1]) & set(eos)
+    assert len({len(a) for a in ours}) > 1
+
+
+def test_sampled_tokens_depend_neither_on_the_batch_nor_on_which_rows_are_alive():
+    model, eos = toy_model(1), list(range(0, 12))
+    noise = [ev.uniforms(3, i, 4, 40) for i in range(len(PROMPTS))]
+    settings = dict(max_new_tokens=40, temperature=1.3, eos_ids=eos)
+    together = ev.generate(model, PROMPTS, torch.cat(noise), group_size=4, **settings)
+    alone = [ids for p, u in zip(PROMPTS, noise) for row in u for ids in ev.generate(model, [p], row[None], **settings)]
+    assert together == alone
+    assert len({len(ids) for ids in together}) > 5
+    assert len({tuple(ids) for ids in together}) > 15
+
+
+def test_sampling_follows_the_softmax_at_the_temperature():
+    model, n, temperature = toy_model(2), 20_000, 2.0
+    noise = torch.cat([ev.uniforms(0, i, n // 4, 1) for i in range(4)])
+    ids = torch.tensor(ev.generate(model, [[7, 8]], noise, group_size=n, max_new_tokens=1, temperature=temperature, eos_ids=[0]))
+    want = (model(torch.tensor([[7, 8]])).logits[0, -1] / temperature).softmax(-1) * n
+    got = torch.bincount(ids[:, 0], minlength=260)
+    big = want > 5
+    chi2 = ((got - want) ** 2 / want)[big].sum().item()
+    freedom = int(big.sum()) - 1
+    assert freedom > 20
+    assert chi2 < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_noise_of_a_row_does_not_change_with_the_number_of_samples():
+    assert torch.equal(ev.uniforms(1, 5, 2, 8), ev.uniforms(1, 5, 6, 8)[:2])
+    assert not torch.equal(ev.uniforms(1, 5, 1, 8), ev.uniforms(1, 6, 1, 8))
+    assert not torch.equal(ev.uniforms(1, 5, 1, 8), ev.uniforms(2, 5, 1, 8))
+
+
+def test_a_forbidden_token_never_follows_and_is_free_elsewhere():
+    model = toy_model(3)
+    noise = ev.uniforms(0, 0, 200, 30)
+    settings = dict(group_size=200, max_new_tokens=30, temperature=3.0, eos_ids=[259])
+    pairs = [p for ids in ev.generate(model, [[5]], noise, **settings) for p in zip(ids, ids[1:])]
+    a, b = max(set(pairs), key=pairs.count)
+    after = [p for ids in ev.generate(model, [[5]], noise, forbid=(a, b), **settings) for p in zip(ids, ids[1:])]
+    assert (a, b) not in after
+    assert any(y == b for _, y in after) and any(x == a for x, _ in after)
+
+
+# ---------------------------------------------------------------- statistics
+
+def test_pass_at_k_equals_the_share_of_all_subsets_that_hold_a_right_one():
+    for n in range(1, 7):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
+                assert ev.pass_at_k(n, c, k) == pytest.approx(sum(map(max, subsets)) / len(subsets), abs=1e-12)
+
+
+def test_wilson_interval_has_its_published_values():
+    assert ev.wilson(0.0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
+    assert ev.wilson(1.0, 10) == pytest.approx((0.72247, 1.0), abs=1e-5)
+    assert ev.wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)         # Newcombe 1998, table I
+
+
+def test_wilson_interval_covers_the_true_share_about_95_times_in_100():
+    for p in (0.05, 0.3, 0.5, 0.9):
+        n = 60
+        covered = sum(math.comb(n, c) * p ** c * (1 - p) ** (n - c) for c in range(n + 1)
+                      if ev.wilson(c / n, n)[0] <= p <= ev.wilson(c / n, n)[1])
+        assert 0.92 < covered < 0.98
+
+
+def test_majority_vote_ignores_missing_answers_and_splits_ties():
+    assert ev.maj_at_k(["1", "2", "2"], [1, 0, 0]) == 0
+    assert ev.maj_at_k(["1", "2", " 2 "], [0, 1, 1]) == 1
+    assert ev.maj_at_k([None, None, "2"], [0, 0, 1]) == 1
+    assert ev.maj_at_k(["1", "2"], [1, 0]) == 0.5
+    assert ev.maj_at_k(["1", "2", "3", None], [1, 0, 0, 0]) == pytest.approx(1 / 3)
+    assert ev.maj_at_k([None], [0]) == 0
+
+
+def test_mcnemar_is_the_exact_two_sided_binomial():
+    for b, c in itertools.product(range(8), range(8)):
+        n = b + c
+        far = [i for i in range(n + 1) if abs(i - n / 2) >= abs(b - n / 2)]
+        assert ev.mcnemar(b, c) == pytest.approx(min(1, sum(math.comb(n, i) for i in far) / 2 ** n))
+    assert ev.mcnemar(0, 0) == 1
+    assert ev.mcnemar(10, 0) == pytest.approx(2 / 1024)
+
+
+# ---------------------------------------------------------------- reading a trace
+
+def counts(reasoning, nums, target):
+    row = {"task": "countdown", "nums": nums, "target": target}
+    return ev.tries(reasoning, row)
+
+
+def test_tries_hits_repeats_and_giving_up_are_counted():
+    got = counts("5+3=8 8*2=16 no\n5*2=10 10+3=13 ok", [2, 3, 5], 13)
+    assert got == {"tries": 2, "hits": 1, "repeated": 0, "stops after a miss": False}
+    got = counts("5+3=8 8*2=16 no\n5+3=8 8*2=16 no", [2, 3, 5], 13)
+    assert got == {"tries": 2, "hits": 0, "repeated": 1, "stops after a miss": True}
+
+
+def test_a_try_is_a_hit_only_if_it_truly_solves_the_problem():
+    assert counts("5*2=10 10+3=14 ok", [2, 3, 5], 14)["hits"] == 0             # false arithmetic
+    assert counts("5*2=10 10+4=14 ok", [2, 3, 5], 14)["hits"] == 0             # a number that is not given
+    assert counts("5+3=8", [2, 3, 5], 8)["tries"] == 0                         # not all numbers
+    assert counts("Let me try (5 * 2) + 3 = 13.", [2, 3, 5], 13)["hits"] == 1  # one expression, in prose
+    assert counts("First 2 * 2 = 4, then 4 + 4 = 8", [2, 2, 4], 8)["hits"] == 1
+
+
+# ---------------------------------------------------------------- the whole script
+
+FIELDS = {"model", "task", "n", "accuracy", "accuracy_low", "accuracy_high", "accuracy_flexible", "format", "pass_at_k",
+          "maj_at_k", "completion_length", "truncated", "by"}
+
+
+def test_figures_of_known_completions_come_out_as_known(folder, tmp_path, monkeypatch, capsys):
+    def reply(prompt, sample):
+        if "3, 5, 8" in prompt:
+            return say("5+3=8 8*8=64 ok", "(5+3)*8")
+        if "7, 7, 2" in prompt:
+            return say("7+7=14 14*2=28 no\n7+7=14 14+2=16 ok", "7+7+2") if sample else say("", "7*7*2")
+        return "(9+6)-4" if "9, 4, 6" in prompt else say("1+2=3 3+3=6 6*4=24 ok", "1*2*3*4")
+    speak(monkeypatch, folder, reply)
+    out = tmp_path / "e.json"
+    ev.main(["--model", str(folder / "a"), "--data", f"countdown={folder}/countdown", "--samples", "2", "--temperature", "1",
+             "--output", str(out), "--batch_size", "3"])
+    row, = json.loads(out.read_text())
+    assert FIELDS <= set(row)
+    assert row["n"] == 4 and row["accuracy"] == 5 / 8 and row["pass_at_k"] == 3 / 4
+    assert row["maj_at_k"] == pytest.approx((1 + 0.5 + 1 + 0) / 4)
+    assert row["accuracy_low"] < row["accuracy"] < row["accuracy_high"]
+    assert row["truncated"] == 0 and row["format"] == 5 / 8
+    assert row["by"]["numbers"] == {"3": {"n": 3, "accuracy": 0.5}, "4": {"n": 1, "accuracy": 1.0}}
+    samples = records_of(tmp_path / "e.samples.jsonl")
+    assert [(s["row"], s["sample"]) for s in samples] == [(i, s) for i in range(4) for s in range(2)]
+    assert samples[0]["prompt"] == "Numbers: [3, 5, 8]\nTarget: 64"
+    assert samples[0]["reward"] == rewards.score("countdown", samples[0]["completion"],
+                                                          {"nums": [3, 5, 8], "target": 64}, n_tokens=9)["reward"]
+    rates = rewards.load_rows(f"countdown={tmp_path}/e.pass_rates.jsonl", "train")
+    assert [r["pass_rate"] for r in rates] == [1.0, 1.0, 0.5, 0.0]
+    assert [r["nums"] for r in rates] == [[3, 5, 8], [1, 2, 3, 4], [7, 7, 2], [9, 4, 6]]
+    assert "62.5 %" in capsys.readouterr().out
+
+
+def test_breakdown_adds_up_to_the_whole(folder, tmp_path, monkeypatch):
+    speak(monkeypatch, folder, lambda prompt, sample: say("x", "12" if "apples" in prompt else "(5+3)*8"))
+    ev.main(["--model", str(folder / "a"), "--data", f"gsm8k={folder}/gsm8k.jsonl", f"countdown={folder}/countdown",
+             "--output", str(tmp_path / "e.json")])
+    rows = json.loads((tmp_path / "e.json").read_text())
+    assert [r["task"] for r in rows] == ["gsm8k", "countdown"]
+    assert rows[0]["by"] == {"steps": {"1": {"n": 1, "accuracy": 1.0}, "2": {"n": 1, "accuracy": 0.0}},
+                             "geometry": {"no": {"n": 1, "accuracy": 1.0}, "yes": {"n": 1, "accuracy": 0.0}}}
+    for row in rows:
+        for cells in row["by"].values():
+            assert sum(c["n"] for c in cells.values()) == row["n"]
+            assert sum(c["n"] * c["accuracy"] for c in cells.values()) == pytest.approx(row["accuracy"] * row["n"])
+
+
+def test_several_models_stand_side_by_side_and_are_compared_on_the_same_problems(folder, tmp_path, monkeypatch, capsys):
+    models = []
+    monkeypatch.setattr(ev, "load_model", lambda checkpoint, *a: models.append(checkpoint["name"]) or toy_model())
+    speak(monkeypatch, folder, lambda prompt, s: say("x", "(5+3)*8" if len(models) == 2 else "1*2*3*4"))
+    ev.main(["--model", str(folder / "a"), str(folder / "b"), "--data", f"countdown={folder}/countdown",
+             "--output", str(tmp_path / "e.json")])
+    first, second = json.loads((tmp_path / "e.json").read_text())
+    assert (first["accuracy"], second["accuracy"]) == (0.25, 0.25)
+    assert "p" not in first and (second["better"], second["worse"], second["p"]) == (1, 1, 1.0)
+    assert re.search(r"/b +countdown .* 1 +1 +1$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_toy_checkpoint_is_evaluated_end_to_end_and_batches_change_nothing(folder, tmp_path):
+    common = ["--model", str(folder / "a"), str(folder / "b"), "--data", f"countdown={folder}/countdown",
+              f"gsm8k={folder}/gsm8k.jsonl", "--samples", "3", "--temperature", "1.5", "--max_new_tokens", "12"]
+    ev.main(common + ["--output", str(tmp_path / "x.json")])
+    ev.main(common + ["--output", str(tmp_path / "y.json"), "--batch_size", "4"])
+    assert (tmp_path / "x.json").read_bytes() == (tmp_path / "y.json").read_bytes()
+    assert (tmp_path / "x.samples.jsonl").read_bytes() == (tmp_path / "y.samples.jsonl").read_bytes()
+    assert len(json.loads((tmp_path / "x.json").read_text())) == 4
+    assert len(list(tmp_path.glob("x.*.*.pass_rates.jsonl"))) == 4
+
+
+def test_think_style_is_asked_for_and_scored(folder, tmp_path, monkeypatch):
+    prompts = []
+    speak(monkeypatch, folder, lambda prompt, s: prompts.append(prompt) or "<think>x</think><answer>(5+3)*8</answer>")
+    ev.main(["--model", str(folder / "a"), "--data", f"countdown={folder}/countdown:1", "--style", "think",
+             "--output", str(tmp_path / "e.json")])
+    row, = json.loads((tmp_path / "e.json").read_text())
+    assert "<think>" in prompts[0] and row["accuracy"] == row["format"] == 1
+
+
+def test_strict_and_flexible_part_where_the_form_is_wrong(folder, tmp_path, monkeypatch):
+    speak(monkeypatch, folder, lambda prompt, s: "The answer is 12." if "apples" in prompt else say("x", "10"))
+    ev.main(["--model", str(folder / "a"), "--data", f"gsm8k={folder}/gsm8k.jsonl", "--output", str(tmp_path / "e.json")])
+    row, = json.loads((tmp_path / "e.json").read_text())
+    assert (row["accuracy"], row["accuracy_flexible"], row["format"]) == (0.5, 1.0, 0.5)
+
+
+def test_an_adapter_folder_is_base_and_adapter_merged(folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = LlamaForCausalLM.from_pretrained(folder / "a")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(folder / "a")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    args = ev.parse(["--model", "adapter"])
+    merged = ev.load_model(ev.open_checkpoint(str(tmp_path / "adapter"), args), args, "cpu")
+    ids = torch.arange(4, 20)[None]
+    assert torch.allclose(merged(ids).logits, model.eval()(ids).logits, atol=1e-4)
+    assert not torch.allclose(merged(ids).logits, toy_model(0)(ids).logits, atol=1e-2)
+
+
+def test_an_interrupt_keeps_the_completions_so_far(folder, tmp_path, monkeypatch, capsys):
+    real, calls = ev.generate, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+    monkeypatch.setattr(ev, "generate", interrupted)
+    with pytest.raises(SystemExit) as e:
+        ev.main(["--model", str(folder / "a"), "--data", f"countdown={folder}/countdown", "--batch_size", "1",
+                 "--max_new_tokens", "4", "--output", str(tmp_path / "e.json")])
+    assert e.value.code == 130
+    assert len(records_of(tmp_path / "e.samples.jsonl")) == 2
+    assert "e.samples.jsonl" in capsys.readouterr().err
+
+
+def test_out_of_gpu_memory_halves_the_batch_and_loses_nothing(folder, tmp_path, monkeypatch):
+    real, sizes = ev.generate, []
+
+    def small_card(model, prompts, *args, **kwargs):
+        sizes.append(len(prompts))
+        if len(prompts) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, prompts, *args, **kwargs)
+    monkeypatch.setattr(ev, "generate", small_card)
+    ev.main(["--model", str(folder / "a"), "--data", f"countdown={folder}/countdown", "--max_new_tokens", "4",
+             "--batch_size", "4", "--output", str(tmp_path / "e.json")])
+    assert sizes == [4, 2, 1, 1, 1, 1]
+    assert len(records_of(tmp_path / "e.samples.jsonl")) == 4
+
+
+def test_wrong_input_gets_one_line_and_exit_code_2_before_any_model_loads(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ev, "load_model", lambda *a: pytest.fail("a model was loaded"))
+    good = {"--model": [str(folder / "a")], "--data": [f"countdown={folder}/countdown"], "--output": [str(tmp_path / "e.json")]}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "outer" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / "outer" / "checkpoint-5" / "config.json").write_text("{}")
+    toy_model(context=64).save_pretrained(tmp_path / "short")
+    save_tokenizer(tmp_path / "short")
+    toy_model().save_pretrained(tmp_path / "untemplated")
+    save_tokenizer(tmp_path / "untemplated", chat_template=None)
+    (tmp_path / "broken.jsonl").write_text('{"nums": [1, 2], "target": 3}\n{"nums": [1,\n')
+    (tmp_path / "file").write_text("")
+    cases = [({"--samples": ["0"]}, "--samples 0"), ({"--samples": ["4"]}, "--temperature 1"),
+             ({"--temperature": ["-1"]}, "--temperature -1"), ({"--temperature": ["nan"]}, "--temperature nan"),
+             ({"--max_new_tokens": ["0"]}, "--max_new_tokens 0"), ({"--batch_size": ["0"]}, "--batch_size 0"),
+             ({"--limit": ["-1"]}, "--limit -1"), ({"--seed": ["-1"]}, "--seed -1"),
+             ({"--model": []}, "--model"), ({"--model": [str(tmp_path / "empty")]}, "config.json"),
+             ({"--model": [str(tmp_path / "outer")]}, "checkpoint-5"), ({"--model": [str(tmp_path / "short")]}, "reads 64"),
+             ({"--model": [str(tmp_path / "untemplated")]}, "chat template"),
+             ({"--data": [f"countdown={tmp_path}/nowhere.jsonl"]}, "nowhere.jsonl"),
+             ({"--data": [f"countdown={tmp_path}/broken.jsonl"]}, "broken.jsonl"), ({"--data": ["chess"]}, "chess"),
+             ({"--data": [f"gsm8k={folder}/countdown"]}, "question"),
+             ({"--output": [str(tmp_path / "file" / "e.json")]}, "--output"), ({"--output": ["e.txt"]}, ".json"),
+             ({"--style": ["rhyme"]}, "rhyme"), ({"--forbid_after": ["a"]}, "--forbid_after"),
+             ({"--forbid_after": ["ab", "c"]}, "2 tokens"), ({"--speed": ["1"]}, "--speed")]
+    for change, said in cases:
+        argv = [a for flag, values in {**good, **change}.items() if values for a in (flag, *values)]
+        with pytest.raises(SystemExit) as e:
+            ev.main(argv)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and said in err and "Traceback" not in err, (argv, err)
+        assert len([line for line in err.splitlines() if "eval.py: " in line or "error: " in line]) == 1, err
+
+
+def test_flags_can_stand_in_a_file_with_comments(folder, tmp_path, monkeypatch):
+    flags = tmp_path / "flags.txt"
+    flags.write_text(f"# a comment\n--model '{folder}/a'   # where\n\n--samples 3 --temperature 0.5\n")
+    args = ev.parse([f"@{flags}"])
+    assert (args.model, args.samples, args.temperature) == ([f"{folder}/a"], 3, 0.5)
+
+
+def test_curves_are_drawn_from_runs_of_both_kinds(tmp_path):
+    for run, keys in (("sft", ("loss", "token_accuracy")), ("grpo", ("reward", "correct", "format", "kl", "entropy"))):
+        (tmp_path / run).mkdir()
+        lines = [{"step": i, **{k: i / 50 for k in keys}} for i in range(1, 51)]
+        lines += [{"step": 25, "eval_correct": 0.4}, {"step": 50, "eval_correct": 0.6}]
+        write(tmp_path / run / "metrics.jsonl", lines)
+    with pytest.raises(SystemExit) as e:
+        ev.main(["--curves", str(tmp_path / "sft"), str(tmp_path / "grpo"), "--output", str(tmp_path / "deep" / "x.png")])
+    assert e.value.code == 0
+    assert (tmp_path / "deep" / "x.png").read_bytes().startswith(b"\x89PNG")
