@@ -1,212 +1,656 @@
+"""Supervised fine-tuning: the cold start that teaches a model the form of an answer, before GRPO improves the answers.
+
+1. Rows of the tasks become a chat prompt and a completion, `<reasoning>...</reasoning>`, `<answer>...</answer>`, as ids: the
+   prompt by the model's chat template, the completion encoded by itself and closed by the token that ends an assistant
+   turn; so a sampler that starts from these prompt ids meets what was trained. Rows beyond --max_length are left out.
+2. The model is any causal LM of transformers, or `--model tiny`: a Llama of 0.5 M parameters made here. All of it is
+   trained, or LoRA (--lora_rank), or LoRA on a 4-bit base (--load_in_4bit). What is trained is fp32; bf16 is for the pass.
+3. A step takes the next --batch_size rows of an order given by --seed alone, sorted by length, in micro-batches.
+4. Its loss is the cross-entropy of the completion tokens, the end token included, over one token count for the whole batch:
+   micro-batches and processes never change the gradient. The head runs in chunks: [B, T, V] logits never exist.
+5. The gradient is clipped; AdamW (8-bit AdamW, Muon) with linear warm-up, then a cosine to 0. A gradient that is not
+   finite is skipped and counted.
+6. metrics.jsonl gets a line, held-out rows a loss, checkpoint-<step>/ all that the run is: killed at any moment, the same
+   command with --resume ends with the same weights, on a CPU to the bit. The final model stands in --output_dir itself.
+
+python sft.py --model tiny --data countdown=data/countdown/sft.jsonl --lr 3e-3 --steps 1000
+python sft.py --model Qwen/Qwen2.5-3B-Instruct --data gsm8k --lora_rank 32 --lr 2e-4 --merge
+torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen2.5-7B-Instruct --data gsm8k --fsdp
+"""
 import argparse
-import contextlib
 import hashlib
 import json
 import math
 import os
 import random
+import re
+import resource
 import shlex
 import shutil
 import signal
 import sys
 import time
+import types
+from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
+import jinja2
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import rewards
 
-# ---------------------------------------------------------------------------------------- small helpers
+HEAD_LOGITS = 2**26  # that exist at a time: 256 MB in fp32, 441 positions of a vocabulary of 152 k
+BAD_STEPS = 5  # updates in a row that are not finite, after which the run stops
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
 
 def fail(message):
-    """One line on stderr and exit code 2: what a wrong flag, file or model gets."""
     print(f"sft.py: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 def note(message):
-    if int(os.environ.get("RANK", 0)) == 0:
+    if RANK == 0:
         tqdm.write(f"sft.py: {message}", file=sys.stderr)
 
 
-class FlagFileParser(argparse.ArgumentParser):
-    """`@file` holds flags: any number on a line, quoted as in a shell, with # comments."""
+def catch_stop():
+    """-> a list that gets the first SIGINT or SIGTERM; a second one ends the process at once."""
+    got = []
 
-    def convert_arg_line_to_args(self, line):
+    def first(number, _):
+        got.append(number)
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, signal.SIG_DFL)
+        note("stopping: a checkpoint is saved first; once more leaves at once")
+
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, first)
+    return got
+
+
+# ---------------------------------------------------------------- options
+class FlagParser(argparse.ArgumentParser):
+    def convert_arg_line_to_args(self, line):  # of an @file: flags as in a shell, # comments
         return shlex.split(line, comments=True)
 
 
-@contextlib.contextmanager
-def stop_signals():
-    """-> a list that gets the number of the first SIGINT or SIGTERM. A second one ends the process at once."""
-    got, old = [], {}
-
-    def first(number, frame):
-        got.append(number)
-        for s in old:
-            signal.signal(s, signal.SIG_DFL)
-        note("stopping: saving a checkpoint first; once more leaves at once")
-
-    for s in (signal.SIGINT, signal.SIGTERM):
-        old[s] = signal.signal(s, first)
-    try:
-        yield got
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
-
-
-# ---------------------------------------------------------------------------------------- checkpoints
-# checkpoint-<step>/ is a normal HF checkpoint (or adapter), plus trainer.pt, plus manifest.json with the size and SHA-256 of
-# every file. It is written under another name and renamed when it is whole and on the disk.
-
-
-def digest(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def to_disk(path):
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def save_checkpoint(folder, write):
-    """`write(tmp)` fills a temporary folder, which then becomes `folder` in one rename: whole or not there."""
-    tmp = folder.with_name(f"tmp-{folder.name}")
-    shutil.rmtree(tmp, ignore_errors=True)  # of a run that was killed while it saved
-    tmp.mkdir(parents=True)
-    write(tmp)
-    files = sorted(p for p in tmp.rglob("*") if p.is_file())
-    manifest = {str(p.relative_to(tmp)): [p.stat().st_size, digest(p)] for p in files}
-    (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    for path in [*files, tmp / "manifest.json", tmp]:
-        to_disk(path)
-    shutil.rmtree(folder, ignore_errors=True)  # a damaged one, or it would have been resumed
-    tmp.rename(folder)
-    to_disk(folder.parent)
-
-
-def is_whole(folder):
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        return all((folder / name).stat().st_size == size and digest(folder / name) == sha
-                   for name, (size, sha) in manifest.items())
-    except (OSError, ValueError, TypeError, AttributeError):
-        return False
-
-
-def step_of(folder):
-    return int(folder.name.rpartition("-")[2])
-
-
-def checkpoints(output_dir):
-    """Folders of checkpoints, oldest first, damaged ones included."""
-    return sorted((p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdecimal()), key=step_of)
+def parse_args(argv):
+    p = FlagParser("sft.py", description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@",
+                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument_group("model").add_argument
+    add("--model", default="tiny", help="`tiny`, a folder or a hub id")
+    add("--chat_template", metavar="FILE", help="Jinja chat template, for a tokenizer that has none")
+    add("--lora_rank", type=int, default=0, help="LoRA on all linear layers; 0: train the whole model")
+    add("--lora_alpha", type=float, default=32, help="the adapter is scaled by alpha / rank")
+    add("--load_in_4bit", action="store_true", help="QLoRA: the frozen base in nf4")
+    add("--merge", action="store_true", help="also write merged/: the base with the adapter in it")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+        help="of the pass and of the final model; auto: bfloat16 on a GPU, else float32")
+    add("--activation_checkpointing", action="store_true", help="less memory, about a third slower")
+    add("--fsdp", action="store_true", help="shard the whole model's training over torchrun's processes")
+    add = p.add_argument_group("data").add_argument
+    add("--data", nargs="+", default=["countdown"], metavar="SOURCE", help="TASK[=PATH][:N], mixed")
+    add("--style", choices=rewards.STYLES, default="reasoning", help="name of the reasoning tag")
+    add("--max_length", type=int, default=1024, help="tokens of prompt and completion; longer rows are left out")
+    add("--eval_data", nargs="+", default=[], metavar="SOURCE", help="held-out rows, for loss and token accuracy")
+    add("--eval_split", choices=["val", "test", "train"], default="val", help="of --eval_data")
+    add("--eval_every", type=int, default=0, help="steps; 0: at the end only")
+    add = p.add_argument_group("optimisation").add_argument
+    add("--steps", type=int, help="updates; without it --epochs counts")
+    add("--epochs", type=float, default=1.0, help="passes over the data")
+    add("--batch_size", type=int, default=32, help="rows an update, over all processes")
+    add("--micro_batch_size", type=int, default=8, help="rows a pass; matters for speed and memory only")
+    add("--lr", type=float, default=1e-5, help="peak learning rate; 1e-5 suits whole models, 2e-4 LoRA")
+    add("--warmup", type=int, default=0, help="steps of linear warm-up")
+    add("--optim", choices=["adamw", "adamw8bit", "muon"], default="adamw", help="muon: for the layers' matrices")
+    add("--muon_lr", type=float, default=1e-2, help="peak learning rate of Muon's matrices")
+    add("--betas", type=float, nargs=2, default=[0.9, 0.999], help="of AdamW")
+    add("--weight_decay", type=float, default=0.0, help="a step, times the learning rate")
+    add("--max_grad_norm", type=float, default=1.0, help="clips the gradient to this norm; 0: never")
+    add = p.add_argument_group("run").add_argument
+    add("--output_dir", default="runs/sft", help="the final model, checkpoint-<step>/, metrics.jsonl, args.json")
+    add("--save_every", type=int, default=500, help="steps between checkpoints; 0: at the end only")
+    add("--keep", type=int, default=2, help="checkpoints that stay")
+    add("--resume", action="store_true", help="go on from the newest whole checkpoint in --output_dir")
+    add("--overwrite", action="store_true", help="delete the run that is in --output_dir")
+    add("--seed", type=int, default=0, help="of the data order and of new weights")
+    a = p.parse_args(argv)
+    for name, low in dict(lora_rank=0, max_length=2, eval_every=0, steps=1, batch_size=1, micro_batch_size=1, warmup=0,
+                          weight_decay=0, max_grad_norm=0, save_every=0, keep=1, seed=0).items():
+        if getattr(a, name) is not None and not low <= getattr(a, name) < math.inf:
+            fail(f"--{name} {getattr(a, name)}: must be at least {low}")
+    for name in ("lr", "muon_lr", "epochs", "lora_alpha"):
+        if not 0 < getattr(a, name) < math.inf:
+            fail(f"--{name} {getattr(a, name)}: must be above 0")
+    for wrong, message in (
+            (not all(0 <= b < 1 for b in a.betas), f"--betas {a.betas}: must be at least 0 and below 1"),
+            (a.steps and a.warmup >= a.steps, f"--warmup {a.warmup}: must be below --steps, {a.steps}"),
+            (a.batch_size % WORLD, f"--batch_size {a.batch_size}: must be a multiple of the {WORLD} processes"),
+            (a.chat_template and not Path(a.chat_template).is_file(), f"--chat_template {a.chat_template}: no such file"),
+            (a.load_in_4bit and not a.lora_rank, "--load_in_4bit: 4-bit weights do not train; add --lora_rank 32"),
+            (a.merge and not a.lora_rank, "--merge: there is an adapter to merge only with --lora_rank"),
+            (a.lora_rank and a.model == "tiny", "--lora_rank: a new `--model tiny` has no base to adapt; leave it out"),
+            (a.lora_rank and a.optim == "muon", "--optim muon: trains whole models; with --lora_rank take adamw"),
+            (a.fsdp and "RANK" not in os.environ, "--fsdp: start with torchrun --nproc_per_node=N sft.py ..."),
+            (a.fsdp and a.lora_rank, "--fsdp: trains whole models; LoRA runs without it under torchrun"),
+            (a.fsdp and a.optim != "adamw", f"--fsdp: goes with --optim adamw, not {a.optim}"),
+            (a.resume and a.overwrite, "--resume goes on with a run and --overwrite deletes it: take one")):
+        if wrong:
+            fail(message)
+    return a
 
 
-def newest_checkpoint(output_dir):
-    for folder in reversed(checkpoints(output_dir)):
-        if is_whole(folder):
-            return folder
-        note(f"{folder} is damaged (a file is missing, cut off or changed): using the one before it")
-    return None
-
-
-def keep_metrics(path, step):
-    """Drops what a killed run logged after its last checkpoint, and a half-written last line: every step stands once."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            break
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text("".join(kept))
-    tmp.replace(path)
-
-
-# ---------------------------------------------------------------------------------------- the model
-
-
-def load_tokenizer(name, chat_template=None, trust_remote_code=False):
-    try:
-        tok = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as err:
-        fail(f"--model {name}: no such folder, and no such model on the hub or no network ({str(err).splitlines()[0]})")
-    if chat_template:
-        tok.chat_template = Path(chat_template).read_text()
-    if not tok.chat_template:
-        fail(f"--model {name}: its tokenizer has no chat template; pass one with --chat_template FILE (Jinja)")
-    return tok
+# ---------------------------------------------------------------- 1. data
+def completion(task, row, style):
+    """The text that a model is to write for this row."""
+    if task == "countdown" and "trace" in row:
+        reasoning, answer = row["trace"], row["trace_answer"]
+    elif task == "countdown" and "solution" in row:
+        reasoning, answer = f"{row['solution']}={row['target']}", row["solution"]
+    elif task == "gsm8k":
+        worked, _, answer = row["answer"].rpartition("####")
+        reasoning = re.sub("<<.*?>>", "", worked)
+    elif task == "math" and row.get("solution") and rewards.last_box(row["solution"]):
+        reasoning, answer = row["solution"], rewards.last_box(row["solution"])
+    else:
+        raise rewards.DataError(f"{task}: a row has nothing worked to learn from: countdown needs `trace` or `solution` "
+                                r"(countdown.py writes both), math a `solution` with a \boxed{}; arc and code have none")
+    return f"<{style}>{reasoning.strip()}</{style}>\n<answer>{answer.strip()}</answer>"
 
 
 def end_token(tok):
-    """The id that ends an assistant turn: the first special token after its content; the eos where there is none."""
-    mark = "the content ends here"
+    """The id that ends an assistant turn: the first special token after its text, which need not be the eos."""
+    mark = "the text ends here"
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
     tail = tok.apply_chat_template(chat, tokenize=False).rpartition(mark)[2]
     special = [i for i in tok(tail, add_special_tokens=False)["input_ids"] if i in tok.all_special_ids]
     return special[0] if special else tok.eos_token_id
 
 
-def load_base(name, dtype, device, load_in_4bit=False, trust_remote_code=False):
-    """The causal language model `name` on `device`, in `dtype` or in nf4 with double quantisation."""
-    kwargs = {}
-    if load_in_4bit:
-        kwargs["device_map"] = {"": device}
-        kwargs["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+def encode(tok, rows, style, max_length, end):
+    """rows -> [{"ids": [T], "prompt": how many of them the prompt is}] without those of more than max_length ids."""
+    texts = [completion(row["task"], row, style) for row in rows]
+    prompts = [tok.apply_chat_template(rewards.messages(row["task"], row, style), tokenize=False,
+                                       add_generation_prompt=True) for row in tqdm(rows, "prompts", disable=None)]
+    prompts, texts = (tok(t, add_special_tokens=False)["input_ids"] if t else [] for t in (prompts, texts))
+    encoded = [{"ids": torch.tensor(p + t + [end]), "prompt": len(p)} for p, t in zip(prompts, texts)]
+    return [row for row in encoded if len(row["ids"]) <= max_length]
+
+
+@lru_cache(maxsize=2)
+def permutation(n, seed, epoch):
+    order = list(range(n))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    return order
+
+
+def collate(rows):
+    """-> ids [B, T] and trained [B, T-1]: where the next token is one of the completion. Both are made from lengths, as pad
+    and end may be the same token. Padding stands on the right, where causal attention needs no mask."""
+    ids = pad_sequence([row["ids"] for row in rows], batch_first=True)
+    first = torch.tensor([row["prompt"] - 1 for row in rows])[:, None]
+    last = torch.tensor([len(row["ids"]) - 1 for row in rows])[:, None]
+    at = torch.arange(ids.shape[1] - 1)
+    return ids, (first <= at) & (at < last)
+
+
+# ---------------------------------------------------------------- 2. the model
+def tiny_tokenizer():
+    """A token for each number up to 99, each tag and word of Countdown; bytes for any other text, which comes back exactly."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
+    words = ["Numbers: [", ", ", "]\nTarget: ", " ok", " no"]
+    words += [f"<{slash}{tag}>" for tag in (*rewards.STYLES, "answer") for slash in ("", "/")]
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    whole = [as_bytes.pre_tokenize_str(w)[0][0] for w in words] + [str(n) for n in range(10, 100)]
+    vocab = {t: i for i, t in enumerate(special + sorted(as_bytes.alphabet()) + whole)}
+    bpe = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))  # a piece in the vocabulary is one token
+    pieces = Regex("|".join(map(re.escape, words)) + "|[0-9]+")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), as_bytes])
+    bpe.decoder = decoders.ByteLevel()
+    template = ("{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+                "{% if add_generation_prompt %}<|assistant|>{% endif %}")  # instructions are for models that can read
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>", clean_up_tokenization_spaces=False,
+        extra_special_tokens=["<|user|>", "<|assistant|>"], chat_template=template)
+
+
+def tiny_model(tok, seed):
+    """0.5 M random parameters, but for the embeddings of the numbers: sines and cosines of their value."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tok), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=2048, initializer_range=0.08, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
+    model = transformers.LlamaForCausalLM(config)
+    periods = 2.0 * 64 ** torch.linspace(0, 1, config.hidden_size // 2)  # 2 to 128
+    for n in range(100):
+        waves = torch.cat([torch.sin(2 * math.pi * n / periods), torch.cos(2 * math.pi * n / periods)])
+        model.get_input_embeddings().weight.data[tok.convert_tokens_to_ids(str(n))] = config.initializer_range * 2**0.5 * waves
+    return model
+
+
+def load_tokenizer(name, chat_template, max_length):
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
+        tok, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name).get_text_config()
+    except Exception as err:  # any of a dozen kinds, for what is one thing to the user
+        fail(f"--model {name}: neither a folder with a model nor a hub id that can be reached now ({str(err).splitlines()[0]})")
+    tok.chat_template = Path(chat_template).read_text() if chat_template else tok.chat_template
+    if not tok.chat_template:
+        fail(f"--model {name}: its tokenizer has no chat template; pass one with --chat_template FILE")
+    if max_length > getattr(config, "max_position_embeddings", max_length):
+        fail(f"--max_length {max_length}: the context of {name} is {config.max_position_embeddings} tokens")
+    return tok
+
+
+def load_base(name, dtype, device, load_in_4bit=False):
+    """The causal language model `name` in `dtype`, or in nf4 with double quantisation."""
+    kwargs = dict(device_map={"": device}, quantization_config=transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype)) if load_in_4bit else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
     except (OSError, ValueError, KeyError) as err:
         fail(f"--model {name}: {str(err).splitlines()[0]}")
-    for module in model.modules():  # on CPU a forward would repack the 4-bit weights, and training and merging break
+    for module in model.modules():  # on CPU a first pass would repack 4-bit weights; then training and merging break
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model.to(device)
 
 
 def add_adapter(model, rank, alpha, saved=None):
-    """Freezes the model and puts LoRA on all its linear layers but the head; `saved`: the folder of an adapter to go on with."""
+    """Freezes the model; trains LoRA in fp32 on all its linear layers but the head, new or `saved` in a folder."""
     import peft
     if saved:
         model = peft.PeftModel.from_pretrained(model, saved, is_trainable=True)
     else:
-        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = peft.get_peft_model(model, config)
+        model = peft.get_peft_model(model, peft.LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
     for p in model.parameters():
-        if p.requires_grad:
-            p.data = p.data.float()
+        p.data = p.data.float() if p.requires_grad else p.data
     return model
 
 
-def save_merged(base, adapter, out):
-    """base + adapter as one plain model in `out`. A 4-bit base is dequantised first: merging into 4 bits costs 3 times the error."""
-    import peft
-    if getattr(base, "is_quantized", False):
-        base = base.dequantize()
-    peft.PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(out)
+def set_end(model, tok, end):
+    """Generation stops at `end` too, and the generation config is one that transformers agrees to save."""
+    g = model.generation_config
+    ends = {end, *([g.eos_token_id] if isinstance(g.eos_token_id, int) else g.eos_token_id or [])}
+    g.eos_token_id = sorted(ends) if len(ends) > 1 else end
+    g.pad_token_id = next(i for i in (g.pad_token_id, tok.pad_token_id, end) if i is not None)
+    if g.temperature or g.top_p or g.top_k:  # settings of sampling in a config that does not sample are refused
+        g.do_sample = True
 
 
-def checkpoint_activations(model):
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # transformers < 5.2x
-    enable({"use_reentrant": False})
+def shard(model, dtype):
+    """FSDP2: each process holds its part of every weight, in fp32, and a layer is gathered in `dtype` while it runs."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in model.base_model.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    model.token_sums = types.MethodType(token_sums, model)
+    register_fsdp_forward_method(model, "token_sums")
+    return model.token_sums
 
 
-def train_dtype(name, device):
-    """What the forward pass computes in; the trained weights are fp32 either way."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, name)
+# ---------------------------------------------------------------- 3.-5. a step
+def token_sums(model, ids, trained):
+    """ids [B, T], trained [B, T-1] -> [3], over the trained tokens: cross-entropy, how many are the argmax, how many."""
+    lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = lm.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[trained]  # [N, D]
+    targets, head = ids[:, 1:][trained], lm.get_output_embeddings()  # [N]
+
+    def piece(h, t):
+        logits = head(h).float()  # [n, V]
+        right = (logits.detach().argmax(-1) == t).sum()
+        return torch.stack([F.cross_entropy(logits, t, reduction="sum"), right, right.new_tensor(len(t))])
+
+    n = max(1, HEAD_LOGITS // head.out_features)
+    if len(targets) <= n:
+        return piece(hidden, targets)
+    return sum(checkpoint(piece, h, t, use_reentrant=False) for h, t in zip(hidden.split(n), targets.split(n)))
+
+
+def micro_batches(rows, size):
+    rows = sorted(rows, key=lambda row: -len(row["ids"]))  # longest first: little padding, and memory fails early
+    return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+
+def gradient(sums_of, rows, size, scale, stop=()):
+    """Adds the gradient of scale * summed loss to the weights'. -> sums [3], or None if asked to stop."""
+    total = 0
+    for batch in micro_batches(rows, size):
+        sums = sums_of(batch)
+        (sums[0] * scale).backward()
+        total = total + sums.detach()
+        if stop:
+            return None
+    return total
+
+
+@torch.no_grad()
+def evaluate(model, sums_of, rows, size):
+    model.eval()
+    batches = micro_batches(rows, size)
+    rounds = -(-len(batches) // WORLD)  # each process runs as many, as FSDP gathers the weights in each; surplus weighs 0
+    total = sum(sums_of(batches[min(i, len(batches) - 1)]) * (i < len(batches)) for i in range(RANK, rounds * WORLD, WORLD))
+    model.train()
+    if WORLD > 1:
+        dist.all_reduce(total)
+    loss, right, n = total.tolist()
+    return {"eval_loss": loss / n, "eval_token_accuracy": right / n, "eval_tokens": int(n)}
+
+
+def make_optimizers(model, args):
+    """-> [(optimizer, its peak learning rate)]"""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    muon = [name for name, p in trained.items() if args.optim == "muon" and p.ndim == 2 and ".layers." in name]
+    rest, kwargs = [trained[n] for n in trained if n not in muon], dict(betas=args.betas, weight_decay=args.weight_decay)
+    if args.optim == "adamw8bit":
+        import bitsandbytes
+        return [(bitsandbytes.optim.AdamW8bit(rest, args.lr, **kwargs), args.lr)]
+    made = [(torch.optim.AdamW(rest, args.lr, fused=True, **kwargs), args.lr)]
+    return made + [(torch.optim.Muon([trained[n] for n in muon], args.muon_lr, args.weight_decay), args.muon_lr)] if muon else made
+
+
+def lr_factor(step, steps, warmup):
+    """(step + 1) / (warmup + 1) while that is below 1, then half a cosine from 1 to 0, reached after the last step."""
+    done = (step - warmup) / (steps - warmup)
+    return (step + 1) / (warmup + 1) if done < 0 else 0.5 * (1 + math.cos(math.pi * done))
+
+
+# ---------------------------------------------------------------- 6. checkpoints
+def seal(path):
+    """Size and SHA-256 of a file, which is on the disk when this returns."""
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+        return [os.fstat(f.fileno()).st_size, hashlib.file_digest(f, "sha256").hexdigest()]
+
+
+def save_checkpoint(folder, write):
+    """`write(tmp)` fills another folder; it takes this name when it is whole and on the disk."""
+    tmp = folder.with_name(f"tmp-{folder.name}")
+    shutil.rmtree(tmp, ignore_errors=True)
+    try:
+        tmp.mkdir(parents=True)
+        write(tmp)
+        (tmp / "manifest.json").write_text(json.dumps({p.name: seal(p) for p in sorted(tmp.iterdir())}, indent=1))
+        seal(tmp / "manifest.json")
+    except (OSError, RuntimeError, SafetensorError) as err:  # a full disk, in each library's own words
+        shutil.rmtree(tmp, ignore_errors=True)
+        fail(f"cannot write {folder} ({err}); make room, then --resume: older checkpoints are whole")
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+    tmp.rename(folder)
+    directory = os.open(folder.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def is_whole(folder):
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return all(seal(folder / name) == sealed for name, sealed in manifest.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def checkpoints(out):
+    """[(step, folder)], oldest first, damaged ones too."""
+    return sorted((int(p.name[11:]), p) for p in out.glob("checkpoint-*") if p.name[11:].isdecimal())
+
+
+FREE = {"resume", "overwrite", "output_dir", "save_every", "keep", "merge", "eval_data", "eval_split", "eval_every",
+        "micro_batch_size", "activation_checkpointing", "fsdp"}  # a resumed run may change these: the weights stay the same
+
+
+def find_checkpoint(args, out):
+    """The checkpoint to go on from; None for a new run. Neither another run's folder nor other flags than the run's pass."""
+    if not args.resume:
+        if not args.overwrite and ((out / "args.json").exists() or checkpoints(out)):
+            fail(f"--output_dir {out}: holds a run; --resume goes on with it, --overwrite deletes it")
+        return None
+    for step, folder in reversed(checkpoints(out)):
+        if is_whole(folder):
+            break
+        note(f"{folder} is damaged (a file is missing or not as it was written): using the one before it")
+    else:
+        fail(f"--resume: no whole checkpoint in {out}; start the run without --resume")
+    then = json.loads((out / "args.json").read_text())
+    changed = [f"--{k} was {then[k]} and is {v}" for k, v in vars(args).items() if k not in FREE and then.get(k, v) != v]
+    if changed:
+        fail(f"--resume: {', '.join(changed)}: give the run's own flags, or start another with --model {folder}")
+    return folder
+
+
+def start_log(out, args, step):
+    """args.json, and metrics.jsonl without what was logged after `step` by a run that was killed. A new run clears the folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    if step == 0:
+        for pattern in ("checkpoint-*", "tmp-*", "merged", "*.safetensors*", "*.json", "*.jsonl"):
+            for path in out.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    log = out / "metrics.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    for path, text in ((log, "".join(f"{line}\n" for line in kept)), (out / "args.json", json.dumps(vars(args), indent=1))):
+        path.with_name("tmp-" + path.name).write_text(text)
+        path.with_name("tmp-" + path.name).replace(path)
+    return open(log, "a", buffering=1)
+
+
+def export(folder, args, out, dtype, tok, end):
+    """The final model from the last checkpoint: the whole model in `dtype`, or the adapter and merged/."""
+    tmp = out / "tmp-final"
+    shutil.rmtree(tmp, ignore_errors=True)
+    shutil.copytree(folder, tmp, ignore=shutil.ignore_patterns("trainer.pt", "manifest.json", "model*.safetensors*"))
+    if not args.lora_rank:
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(tmp)
+    for path in tmp.iterdir():
+        path.replace(out / path.name)
+    tmp.rmdir()
+    if args.merge:  # into a base loaded afresh; one of 4 bits is dequantised first, as merging into 4 bits costs 3 times the error
+        import peft
+        base = load_base(args.model, dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.load_in_4bit)
+        merged = peft.PeftModel.from_pretrained(base.dequantize() if args.load_in_4bit else base, out).merge_and_unload()
+        set_end(merged, tok, end)
+        merged.save_pretrained(out / "merged")
+        tok.save_pretrained(out / "merged")
+
+
+def unshard(state):
+    """Sharded tensors whole, on the CPU. All processes must call this."""
+    return tree_map(lambda t: t.full_tensor().cpu() if isinstance(t, DTensor) else t, state)
+
+
+def load_optimizer(optimizer, state):
+    """The state of a run on any number of processes, sharded as the weights are."""
+    for p, s in zip((p for group in optimizer.param_groups for p in group["params"]), state["state"].values()):
+        if isinstance(p, DTensor):
+            for k, t in s.items():
+                s[k] = distribute_tensor(t.to(p.device), p.device_mesh, p.placements) if t.shape == p.shape else t
+    optimizer.load_state_dict(state)
+
+
+# ---------------------------------------------------------------- the run
+def train(args, argv):
+    device, out = torch.device("cpu"), Path(args.output_dir)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:  # the time limit is for a save, in which all wait for one; the death of one ends the job anyway
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    dtype = getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype))
+    saved = [find_checkpoint(args, out) if RANK == 0 else None]
+    if WORLD > 1:
+        dist.broadcast_object_list(saved)
+    saved = saved[0]
+
+    # 1. rows
+    try:
+        rows = [row for source in args.data for row in rewards.load_rows(source, "train")]
+        held_out = [row for source in args.eval_data for row in rewards.load_rows(source, args.eval_split)]
+        tok = tiny_tokenizer() if args.model == "tiny" else load_tokenizer(args.model, args.chat_template, args.max_length)
+        end = end_token(tok)
+        if end is None:
+            fail(f"--model {args.model}: neither its chat template nor its tokenizer has an end token")
+        read = len(rows) + len(held_out)
+        rows, held_out = (encode(tok, r, args.style, args.max_length, end) for r in (rows, held_out))
+    except (rewards.DataError, jinja2.TemplateError) as err:
+        fail(err)
+    if len(rows) + len(held_out) < read:
+        note(f"{read - len(rows) - len(held_out)} of {read} rows are longer than --max_length {args.max_length}: left out")
+    if not rows or (args.eval_data and not held_out):
+        fail(f"--max_length {args.max_length}: every row is longer")
+    steps = args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
+
+    # 2. the model
+    torch.manual_seed(args.seed)
+    at_first = torch.device("cpu") if args.fsdp else device
+    if args.lora_rank:
+        model = add_adapter(load_base(args.model, dtype, at_first, args.load_in_4bit), args.lora_rank, args.lora_alpha, saved)
+    elif args.model == "tiny" and not saved:
+        model = tiny_model(tok, args.seed).to(at_first)
+    else:
+        model = load_base(saved or args.model, torch.float32, at_first)
+    set_end(model, tok, end)
+    if args.activation_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    forward = shard(model, dtype) if args.fsdp else types.MethodType(token_sums, model)
+    optimizers, trained = make_optimizers(model, args), [p for p in model.parameters() if p.requires_grad]
+    state = {"step": 0, "bad_steps": 0}
+    if saved:
+        state = torch.load(saved / "trainer.pt", weights_only=True, map_location="cpu")
+        for (optimizer, _), s in zip(optimizers, state.pop("optimizers")):
+            load_optimizer(optimizer, s)
+    step, bad_steps, size = state["step"], state["bad_steps"], args.micro_batch_size
+
+    def sums_of(batch):
+        ids, mask = collate(batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return forward(ids.to(device), mask.to(device))
+
+    def save():
+        weights = {"state_dict": unshard(model.state_dict())} if args.fsdp else {}
+        trainer = unshard({"step": step, "bad_steps": bad_steps, "optimizers": [o.state_dict() for o, _ in optimizers]})
+
+        def write(folder):
+            model.save_pretrained(folder, **weights, **({"save_embedding_layers": False} if args.lora_rank else {}))
+            model.generation_config.save_pretrained(folder)
+            tok.save_pretrained(folder)
+            torch.save(trainer, folder / "trainer.pt")
+
+        if RANK == 0:
+            save_checkpoint(out / f"checkpoint-{step}", write)
+            for _, old in [c for c in checkpoints(out) if c[0] <= step][:-args.keep]:
+                shutil.rmtree(old)
+        if WORLD > 1:
+            dist.barrier()
+        return step
+
+    model.train()
+    stop = catch_stop()
+    log = start_log(out, args, step) if RANK == 0 else open(os.devnull, "w")
+    bar = tqdm(total=steps, initial=step, disable=None if RANK == 0 else True)  # None: without a terminal there is no bar
+    last_saved, stopping, shown, begun = step, False, 0.0, time.perf_counter()
+    while step < steps and not stopping:
+        # 3. its rows
+        started, places = time.perf_counter(), range(step * args.batch_size, (step + 1) * args.batch_size)
+        batch = [rows[permutation(len(rows), args.seed, i // len(rows))[i % len(rows)]] for i in places]
+        mine = sorted(batch, key=lambda row: -len(row["ids"]))[RANK::WORLD]
+        n_tokens = sum(len(row["ids"]) - row["prompt"] for row in batch)
+        torch.manual_seed(args.seed * 1_000_003 + step)  # for a model with dropout
+        # 4. their gradient; FSDP divides by the number of processes
+        scale = (WORLD if args.fsdp else 1) / n_tokens
+        while True:
+            try:
+                sums = gradient(sums_of, mine, size, scale, stop if WORLD == 1 else ())
+                break
+            except torch.OutOfMemoryError:
+                if size == 1 or args.fsdp:
+                    raise
+            model.zero_grad()
+            torch.cuda.empty_cache()
+            size = size // 2
+            note(f"out of GPU memory at step {step + 1}: repeating it with --micro_batch_size {size}")
+        if sums is None:
+            break
+        if WORLD > 1:
+            sums = torch.cat([sums, sums.new_tensor([len(stop)])])
+            dist.all_reduce(sums)
+            stopping = sums[3].item() > 0
+            for p in trained if not args.fsdp else ():
+                dist.all_reduce(p.grad)
+        # 5. the update
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or math.inf)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        loss, right = sums[0].item() / n_tokens, sums[1].item() / n_tokens
+        finite, factor = math.isfinite(loss) and math.isfinite(norm), lr_factor(step, steps, args.warmup)
+        for optimizer, peak in optimizers if finite else ():
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+            optimizer.step()
+        model.zero_grad()
+        bad_steps = 0 if finite else bad_steps + 1
+        # 6. what is kept of it
+        step += 1
+        seconds, tokens = time.perf_counter() - started, sum(len(row["ids"]) for row in batch)
+        peak_memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        entry = {"step": step, "loss": loss if finite else None, "token_accuracy": right, "lr": args.lr * factor,
+                 "grad_norm": norm if finite else None, "skipped": int(not finite), "tokens": tokens, "tokens_per_s": tokens / seconds,
+                 "step_seconds": seconds, "peak_memory_gb": peak_memory}
+        log.write(json.dumps(entry) + "\n")
+        line = f"loss {loss:.4f}  token accuracy {right:.3f}  grad norm {norm:.2f}  {tokens / seconds:.0f} tokens/s"
+        bar.update()
+        bar.set_postfix_str(line)
+        if bar.disable and (time.perf_counter() - shown > 10 or step == steps):
+            shown = time.perf_counter()
+            left = (shown - begun) / (step - state["step"]) * (steps - step)
+            note(f"step {step}/{steps}  {line}  {left / 60:.1f} min left")
+        if bad_steps >= BAD_STEPS and RANK == 0:
+            (out / "bad_rows.txt").write_text("\n\n".join(tok.decode(row["ids"]) for row in batch))
+        if bad_steps >= BAD_STEPS:
+            fail(f"{bad_steps} updates in a row were not finite (loss {loss}, gradient {norm}); the rows of the last one are in "
+                 f"{out / 'bad_rows.txt'}; a lower --lr or --dtype float32 may help")
+        if held_out and (step == steps or args.eval_every and step % args.eval_every == 0):
+            scores = evaluate(model, sums_of, held_out, size)
+            log.write(json.dumps({"step": step, **scores}) + "\n")
+            note("  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+        if step == steps or args.save_every and step % args.save_every == 0:
+            last_saved = save()
+    bar.close()
+    if step < steps:
+        if last_saved < step: save()
+        launch = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "RANK" in os.environ else "python"
+        note(f"stopped at step {step}; go on with: {launch} {shlex.join(['sft.py', *(a for a in argv if a not in ('--resume', '--overwrite')), '--resume'])}")
+        raise SystemExit(128 + (stop or [signal.SIGTERM])[0])
+    if RANK == 0:
+        export(out / f"checkpoint-{steps}", args, out, dtype, tok, end)
+        note(f"the model is in {out}")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    try:
+        train(args, argv)
+    except torch.OutOfMemoryError:
+        fail("out of GPU memory: add --activation_checkpointing, --lora_rank 32 or --load_in_4bit, or lower --max_length")
+    except OSError as err:
+        fail(f"{err}: what is saved in {args.output_dir} is whole; --resume goes on from it")
+
+
+if __name__ == "__main__":
+    main()
