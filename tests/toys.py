@@ -1,0 +1,62 @@
+"""A toy checkpoint and toy rows: what tests share. The tokenizer is one token a character, and its pad token is its end
+token, as in Qwen's base models; the model has more ids than the tokenizer, as most have."""
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+END, USER, ASSISTANT, UNKNOWN = "<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"
+TAGS = ["<reasoning>", "</reasoning>", "<think>", "</think>", "<answer>", "</answer>"]
+TEMPLATE = ("{% for m in messages if m['role'] != 'system' %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+VOCAB = 128
+
+COUNTDOWN = [{"nums": [3, 5, 8], "target": 16}, {"nums": [1, 2, 3, 4], "target": 24}, {"nums": [7, 7, 2], "target": 16},
+             {"nums": [9, 4], "target": 5}, {"nums": [6, 2], "target": 12}, {"nums": [10, 5, 3], "target": 18},
+             {"nums": [8, 3, 2], "target": 13}, {"nums": [4, 4, 4], "target": 12}]
+GSM8K = [{"question": "Tom has 3 bags of 4 apples. How many?", "answer": "He has 3*4=<<3*4=12>>12.\n#### 12"},
+         {"question": "2+2?", "answer": "#### 4"}, {"question": "A box holds 6. Five boxes?", "answer": "5*6=30\n#### 30"},
+         {"question": "Half of 18?", "answer": "#### 9"}]
+
+
+def tokenizer(chat_template=TEMPLATE):
+    words = [END, USER, ASSISTANT, UNKNOWN, *TAGS, "\n", *map(chr, range(32, 127))]
+    tok = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
+    tok.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token=END, pad_token=END, unk_token=UNKNOWN,
+                                   additional_special_tokens=[USER, ASSISTANT])
+    fast.chat_template = chat_template
+    return fast
+
+
+def model(seed=0, std=0.1, vocab=VOCAB, hidden=64, layers=2, tied=True, **config):
+    """Logits of a random toy lie around +-`std` times ten: its choices are neither uniform nor certain."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**{
+        "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": std,
+        "tie_word_embeddings": tied, "eos_token_id": 0, "bos_token_id": None, "pad_token_id": None} | config)).eval()
+
+
+def write(path, rows):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def save(folder, **kwargs):
+    """folder/model: a checkpoint; folder/countdown, folder/gsm8k: train.jsonl and test.jsonl."""
+    folder = Path(folder)
+    model(**kwargs).save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    for split in ("train", "test"):
+        write(folder / "countdown" / f"{split}.jsonl", COUNTDOWN)
+        write(folder / "gsm8k" / f"{split}.jsonl", GSM8K)
+    return folder
