@@ -35,33 +35,29 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+import types
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import rewards
 
+HEAD_LOGITS = 2 ** 26                                           # that exist at a time: 256 MB in fp32
+BAD_STEPS = 5                                                   # gradients in a row that are not finite, then the run stops
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))              # torchrun's
 transformers.utils.logging.disable_progress_bar()
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-# ------------------------------------------------------------------------------------------- options
-class Flags(argparse.ArgumentParser):
-    """`@file` holds flags: any number on a line, quoted as in a shell, with # comments. A wrong flag gets one line."""
-
-    def convert_arg_line_to_args(self, line):
-        return shlex.split(line, comments=True)
-
-    def error(self, message):
-        fail(message)
 
 
 def fail(message):
@@ -70,103 +66,108 @@ def fail(message):
     raise SystemExit(2)
 
 
-def note(message, prefix="grpo.py: "):
+def note(message):
     if RANK == 0:
-        tqdm.write(prefix + message, file=sys.stderr)
+        tqdm.write(message, file=sys.stderr)
 
 
-def number(kind, low, high=math.inf, why=""):
-    """An argparse type: a finite `kind` between low and high."""
-    def convert(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high and kind(text) < math.inf:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text}: a {kind.__name__} from {low:g} to {high:g}{why}")
-    return convert
+# ------------------------------------------------------------------------------------------- options
+class Flags(argparse.ArgumentParser):
+    def convert_arg_line_to_args(self, line):                   # of an @file: flags as in a shell, # comments
+        return shlex.split(line, comments=True)
 
-
-def weight(text):
-    part, _, value = text.partition("=")
-    if part not in rewards.WEIGHTS:
-        raise argparse.ArgumentTypeError(f"{text}: PART=WEIGHT, with PART one of {', '.join(rewards.WEIGHTS)}")
-    return part, number(float, 0)(value)
+    def error(self, message):
+        fail(message)
 
 
 def parse_args(argv=None):
-    p = Flags(prog="grpo.py", fromfile_prefix_chars="@", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
-    whole, share = number(int, 1), number(float, 0)
-
-    def flag(*names, help, **kw):
-        default = f" (default: {kw['default']})" if kw.get("default") is not None else ""
-        group.add_argument(*names, help=(help + default).replace("%", "%%"), **kw)
-
-    group = p.add_argument_group("task")
-    flag("--model", required=True, help="checkpoint folder or hub id")
-    flag("--data", nargs="+", default=["countdown"], metavar="TASK[=PATH][:N]", help="prompts; several sources are mixed")
-    flag("--pass_rate", nargs=2, type=number(float, 0, 1), metavar=("LOW", "HIGH"),
-         help="keep rows whose pass_rate lies within (eval.py --samples 8 writes that column)")
-    flag("--style", choices=["reasoning", "think"], default="reasoning", help="tags around the reasoning")
-    flag("--weights", nargs="+", type=weight, default=[("correct", 1), ("format", 0.3), ("process", 0.1), ("efficiency", 0.1)],
-         metavar="PART=WEIGHT", help="reward parts that count; those not named weigh 0")
-    flag("--length_penalty", nargs=2, type=number(int, 0), default=[500, 800], metavar=("START", "END"),
-         help="tokens over which the length part falls from 0 to -1")
-    group = p.add_argument_group("sampling")
-    flag("--prompts_per_step", type=whole, default=32, help="groups in a step, over all processes")
-    flag("--group_size", type=number(int, 2, why=": a group needs at least 2 completions"), default=8, help="completions a prompt")
-    flag("--max_new_tokens", type=whole, default=1024, help="tokens of a completion at most")
-    flag("--temperature", type=number(float, 1e-3), default=1.0, help="of sampling, and of the log-probabilities that are trained")
-    flag("--temperature_end", type=number(float, 1e-3), help="move there linearly by the last step")
-    flag("--max_resample", type=number(int, 0), default=2, help="rounds of fresh prompts for dead groups, a step; 0: off")
-    flag("--curriculum_floor", type=number(float, 1e-3, 1), default=0.1,
-         help="how often a prompt that is always or never solved comes, against one solved half the time; 1: all alike")
-    flag("--sample_batch_size", type=whole, default=512, help="completions sampled at once: memory only")
-    group = p.add_argument_group("loss")
-    flag("--loss", choices=["grpo", "dr_grpo", "dapo", "cispo", "gspo"], default="dapo", help="see policy_loss")
-    flag("--scale", choices=["group", "batch", "none"], default="group", help="the std that divides an advantage")
-    flag("--clip_low", type=number(float, 0, 1), default=0.2, help="the ratio is clipped below 1 - this")
-    flag("--clip_high", type=share, default=0.2, help="the ratio is clipped above 1 + this (DAPO: 0.28)")
-    flag("--beta", type=share, default=0.001, help="weight of the KL to the model at the start; 0: none, and no reference in memory")
-    flag("--mask_truncated", action="store_true", help="do not train on completions cut off at --max_new_tokens")
-    group = p.add_argument_group("optimisation")
-    flag("--steps", type=whole, default=500, help="of sampling and update")
-    flag("--inner_epochs", type=whole, default=1, help="updates a step, over the same rollouts")
-    flag("--micro_batch_size", type=whole, default=8, help="completions a forward pass: memory only, the update is the same")
-    flag("--lr", type=number(float, 0, 1), default=1e-6, help="peak learning rate")
-    flag("--warmup", type=number(int, 0), default=10, help="steps of linear warm-up")
-    flag("--lr_schedule", choices=["constant", "linear", "cosine"], default="constant", help="after the warm-up")
-    flag("--max_grad_norm", type=share, default=1.0, help="the gradient's norm is clipped to this; 0: off")
-    flag("--optim", choices=["adamw", "adamw8bit"], default="adamw", help="8-bit states take 2 bytes a parameter, not 8")
-    group = p.add_argument_group("model and memory")
-    flag("--lora_rank", type=number(int, 0), default=0, help="of an adapter on every linear layer; 0: train all parameters")
-    flag("--lora_alpha", type=share, default=32, help="the adapter's scale is alpha / rank")
-    flag("--load_in_4bit", action="store_true", help="frozen base in nf4 (QLoRA), with --lora_rank")
-    flag("--activation_checkpointing", action="store_true", help="keep one activation a layer and compute the rest twice")
-    flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of compute; auto: bfloat16 on a GPU, else float32")
-    flag("--chat_template", metavar="FILE", help="Jinja, for a tokenizer that has none")
-    flag("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    group = p.add_argument_group("evaluation, files and logs")
-    flag("--eval_data", nargs="+", default=[], metavar="TASK[=PATH][:N]", help="held-out rows, answered greedily")
-    flag("--eval_split", default="test", help="the split of --eval_data")
-    flag("--eval_every", type=whole, default=50, help="steps between evaluations")
-    flag("--output_dir", default="runs/grpo", help="final model, checkpoints, metrics.jsonl, samples.jsonl, args.json")
-    flag("--save_every", type=whole, default=50, help="steps between checkpoints")
-    flag("--keep", type=whole, default=2, help="newest checkpoints that stay")
-    flag("--merge", action="store_true", help="with --lora_rank: also write the merged model, to OUTPUT_DIR/merged")
-    flag("--sample_every", type=whole, default=10, help="steps between whole completions in samples.jsonl")
-    flag("--log_to", choices=["tensorboard", "wandb"], help="besides metrics.jsonl")
-    flag("--resume", action="store_true", help="go on from the newest whole checkpoint in OUTPUT_DIR")
-    flag("--overwrite", action="store_true", help="drop the run that is in OUTPUT_DIR")
-    flag("--seed", type=number(int, 0), default=0, help="of data order and sampling")
-    args = p.parse_args(argv)
-    for wrong, message in [
-            (args.load_in_4bit and not args.lora_rank, "--load_in_4bit: 4-bit weights cannot be trained, add --lora_rank 16"),
-            (args.merge and not args.lora_rank, "--merge: there is an adapter to merge only with --lora_rank"),
-            (args.length_penalty[0] >= args.length_penalty[1], "--length_penalty: START must be below END"),
-            (args.resume and args.overwrite, "--resume and --overwrite: choose one")]:
-        fail(message) if wrong else None
-    args.weights = dict.fromkeys(rewards.WEIGHTS, 0.0) | dict(args.weights)
-    args.temperature_end = args.temperature_end or args.temperature
-    return args
+    p = Flags("grpo.py", description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@",
+              formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument_group("task").add_argument
+    add("--model", required=True, help="checkpoint folder or hub id")
+    add("--data", nargs="+", default=["countdown"], metavar="SOURCE", help="prompts, as TASK[=PATH][:N]; several are mixed")
+    add("--pass_rate", nargs=2, type=float, default=[0.0, 1.0], metavar=("LOW", "HIGH"),
+        help="keep rows whose pass_rate lies within; eval.py --samples 8 writes files with that column")
+    add("--style", choices=rewards.STYLES, default="reasoning", help="name of the reasoning tag")
+    add("--weights", nargs="+", default=["correct=1", "format=0.3", "process=0.1", "efficiency=0.1"], metavar="PART=WEIGHT",
+        help=f"of the reward's parts ({', '.join(rewards.WEIGHTS)}); those not named weigh 0")
+    add("--length_penalty", nargs=2, type=int, default=[500, 800], metavar=("START", "END"),
+        help="tokens over which the length part falls from 0 to -1")
+    add = p.add_argument_group("sampling").add_argument
+    add("--prompts_per_step", type=int, default=32, help="groups a step, over all processes")
+    add("--group_size", type=int, default=8, help="completions a prompt")
+    add("--max_new_tokens", type=int, default=1024, help="tokens of a completion at most")
+    add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probabilities that are trained")
+    add("--temperature_end", type=float, help="go there linearly by the last step; none: stay")
+    add("--max_resample", type=int, default=2, help="rounds of fresh prompts a step for dead groups; 0: off")
+    add("--curriculum_floor", type=float, default=0.1, help="how often a prompt that is always or never solved comes, against "
+        "one that is solved half the time; 1: all alike")
+    add("--sample_batch_size", type=int, default=512, help="completions sampled at once: memory only")
+    add = p.add_argument_group("loss").add_argument
+    add("--loss", choices=["grpo", "dr_grpo", "dapo", "cispo", "gspo"], default="dapo", help="see policy_loss")
+    add("--scale", choices=["group", "batch", "none"], default="group", help="the std that divides an advantage")
+    add("--clip_low", type=float, default=0.2, help="the ratio is clipped below 1 - this")
+    add("--clip_high", type=float, default=0.2, help="the ratio is clipped above 1 + this (0.28: clip-higher)")
+    add("--beta", type=float, default=0.001, help="weight of the KL to the model at the start; 0: no reference in memory either")
+    add("--mask_truncated", action="store_true", help="do not train on completions cut off at --max_new_tokens")
+    add = p.add_argument_group("optimisation").add_argument
+    add("--steps", type=int, default=500, help="of sampling and update")
+    add("--inner_epochs", type=int, default=1, help="updates a step, over the same rollouts")
+    add("--micro_batch_size", type=int, default=8, help="completions a pass: speed and memory only")
+    add("--lr", type=float, default=1e-6, help="peak learning rate; 1e-6 suits whole models, 1e-5 LoRA")
+    add("--warmup", type=int, default=10, help="steps of linear warm-up")
+    add("--lr_schedule", choices=["constant", "linear", "cosine"], default="constant", help="after the warm-up")
+    add("--max_grad_norm", type=float, default=1.0, help="clips the gradient to this norm; 0: never")
+    add("--optim", choices=["adamw", "adamw8bit"], default="adamw", help="8-bit states take 2 bytes a parameter, not 8")
+    add = p.add_argument_group("model and memory").add_argument
+    add("--lora_rank", type=int, default=0, help="LoRA on all linear layers; 0: train the whole model")
+    add("--lora_alpha", type=float, default=32, help="the adapter is scaled by alpha / rank")
+    add("--load_in_4bit", action="store_true", help="QLoRA: the frozen base in nf4")
+    add("--activation_checkpointing", action="store_true", help="less memory, about a third slower")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of compute; auto: bfloat16 on a GPU, else float32")
+    add("--fsdp", action="store_true", help="shard the whole model's training over torchrun's processes")
+    add("--chat_template", metavar="FILE", help="Jinja, for a tokenizer that has none")
+    add("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    add = p.add_argument_group("evaluation, files and logs").add_argument
+    add("--eval_data", nargs="+", default=[], metavar="SOURCE", help="held-out rows, answered greedily")
+    add("--eval_split", default="test", help="of --eval_data")
+    add("--eval_every", type=int, default=50, help="steps between evaluations")
+    add("--output_dir", default="runs/grpo", help="final model, checkpoint-<step>/, metrics.jsonl, samples.jsonl, args.json")
+    add("--save_every", type=int, default=50, help="steps between checkpoints; 0: only when stopped")
+    add("--keep", type=int, default=2, help="checkpoints that stay")
+    add("--merge", action="store_true", help="with --lora_rank: also write merged/, the base with the adapter in it")
+    add("--sample_every", type=int, default=10, help="steps between whole completions in samples.jsonl")
+    add("--log_to", choices=["tensorboard", "wandb"], help="besides metrics.jsonl")
+    add("--resume", action="store_true", help="go on from the newest whole checkpoint in --output_dir")
+    add("--overwrite", action="store_true", help="drop the run that is in --output_dir")
+    add("--seed", type=int, default=0, help="of data order and sampling")
+    a = p.parse_args(argv)
+    for name, low in dict(prompts_per_step=1, max_new_tokens=1, temperature=1e-3, temperature_end=1e-3, max_resample=0, clip_low=0,
+                          sample_batch_size=1, clip_high=0, beta=0, steps=1, inner_epochs=1, micro_batch_size=1, lr=0, warmup=0,
+                          max_grad_norm=0, lora_rank=0, lora_alpha=0, eval_every=1, save_every=0, keep=1, sample_every=1, seed=0).items():
+        if getattr(a, name) is not None and not low <= getattr(a, name) < math.inf:
+            fail(f"--{name} {getattr(a, name)}: must be at least {low}")
+    for wrong, message in (
+            (a.group_size < 2, f"--group_size {a.group_size}: a group needs at least 2 completions"),
+            (not 0 < a.curriculum_floor <= 1, f"--curriculum_floor {a.curriculum_floor}: must be above 0 and at most 1"),
+            (not 0 <= a.length_penalty[0] < a.length_penalty[1], "--length_penalty: START must be below END, and at least 0"),
+            (not 0 <= a.pass_rate[0] <= a.pass_rate[1] <= 1, "--pass_rate: LOW and HIGH must be between 0 and 1, in this order"),
+            (a.chat_template and not Path(a.chat_template).is_file(), f"--chat_template {a.chat_template}: no such file"),
+            (a.load_in_4bit and not a.lora_rank, "--load_in_4bit: 4-bit weights do not train; add --lora_rank 32"),
+            (a.merge and not a.lora_rank, "--merge: there is an adapter to merge only with --lora_rank"),
+            (a.fsdp and WORLD == 1, "--fsdp: start with torchrun --nproc_per_node=N grpo.py ..."),
+            (a.fsdp and (a.lora_rank or a.optim != "adamw"), "--fsdp: goes with whole models and --optim adamw"),
+            (a.resume and a.overwrite, "--resume goes on with a run and --overwrite drops it: take one")):
+        if wrong:
+            fail(message)
+    try:
+        given = {part: float(value) for part, _, value in (text.partition("=") for text in a.weights)}
+    except ValueError:
+        fail(f"--weights {' '.join(a.weights)}: PART=NUMBER each")
+    if set(given) - set(rewards.WEIGHTS) or not all(0 <= value < math.inf for value in given.values()):
+        fail(f"--weights {' '.join(a.weights)}: parts are {', '.join(rewards.WEIGHTS)}, weights at least 0")
+    a.weights, a.temperature_end = dict.fromkeys(rewards.WEIGHTS, 0.0) | given, a.temperature_end or a.temperature
+    return a
 
 
 # ------------------------------------------------------------------------------------------- pure functions
@@ -221,7 +222,7 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, *, loss="dapo", clip_low=0.
     return total, {name: value.detach() for name, value in parts.items()}
 
 
-def completion_logps(lm, ids, prompt_lengths, mask, temperature, chunk=2 ** 26):
+def completion_logps(lm, ids, prompt_lengths, mask, temperature, chunk=HEAD_LOGITS):
     """[n, T] log-probabilities of the completions in ids, at `temperature`, and [n, T] entropies (no gradient).
 
     ids [n, L]: prompt + completion, right-padded (causal attention then needs no mask); prompt_lengths [n]; mask [n, T].
@@ -357,8 +358,8 @@ class Rollout:
     completion: list                # ids, with the end token
     logps: torch.Tensor             # [len(completion)], as the sampler saw them
     ended: bool                     # False: cut off at max_new_tokens
-    text: str = ""
-    parts: dict = field(default_factory=dict)
+    text: str
+    parts: dict                     # of its reward
     advantage: float = 0.0
 
 
@@ -424,8 +425,8 @@ def base_lm(model):
 @torch.no_grad()
 def refresh(sampler, model):
     """Copies the weights of the plain model that `model` amounts to into `sampler`, in place: 4-bit weights dequantised, sharded
-    ones gathered, B A scaling of an adapter added in fp32 to its base, which stays pristine. A full-parameter policy samples
-    for itself."""
+    ones gathered, B A scaling of an adapter added in fp32 to its base, which stays pristine. A policy that is one whole plain
+    model samples for itself."""
     if sampler is model:
         return
     lm, target = base_lm(model), dict(sampler.named_parameters())
@@ -439,7 +440,12 @@ def refresh(sampler, model):
         if adapted and leaf == "weight":
             lora = lm.get_submodule(layer)
             w = w.float() + lora.scaling["default"] * (lora.lora_B["default"].weight.float() @ lora.lora_A["default"].weight.float())
-        target[name.replace(".base_layer.", ".")].copy_(w.full_tensor() if hasattr(w, "full_tensor") else w)
+        target[name.replace(".base_layer.", ".")].copy_(full(w))
+
+
+def full(x):
+    """A sharded tensor gathered; all processes must ask."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 class Masters:
@@ -463,37 +469,109 @@ class Masters:
             p.copy_(master)
 
 
+def load_tokenizer(args):
+    try:
+        tok = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    except Exception as err:                                    # any of a dozen kinds, for what is one thing to the user
+        if (Path(args.model) / "adapter_config.json").exists():
+            fail(f"--model {args.model} is an adapter: train on from its merged model (sft.py --merge writes it)")
+        fail(f"--model {args.model}: neither a folder with a model nor a hub id that can be reached now ({str(err).splitlines()[0]})")
+    tok.chat_template = Path(args.chat_template).read_text() if args.chat_template else tok.chat_template
+    if not tok.chat_template:
+        fail(f"--model {args.model}: its tokenizer has no chat template; pass one with --chat_template FILE")
+    return tok, getattr(config.get_text_config(), "max_position_embeddings", math.inf)
+
+
+def load_lm(args, device, dtype, load_in_4bit=False):
+    kwargs = dict(device_map={"": device}, quantization_config=transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype)) if load_in_4bit else {}
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=args.trust_remote_code, **kwargs)
+    except (OSError, ValueError, KeyError) as err:
+        fail(f"--model {args.model}: {str(err).splitlines()[0]}")
+    for module in lm.modules():                                 # on CPU a first pass would repack 4-bit weights, and break them
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return lm.to(device).eval()
+
+
+def build(args, tokenizer, data, eval_data):
+    """All that a run is made of. model: the policy, a transformers model or a peft model around one; logps: completion_logps
+    of it; sampler: the same as one whole plain model; reference: where the policy started, frozen, or None where that is the
+    policy with its adapter off; data: rows with "prompt_ids"."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype))
+    model = load_lm(args, device, torch.float32 if args.fsdp else dtype, args.load_in_4bit)
+    sampler = load_lm(args, device, dtype) if args.lora_rank or args.fsdp else model
+    reference = load_lm(args, device, dtype).requires_grad_(False) if args.beta and not args.lora_rank else None
+    if args.lora_rank:
+        import peft
+        torch.manual_seed(args.seed)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, task_type="CAUSAL_LM",
+                                                           target_modules="all-linear"))
+        for p in model.parameters():
+            p.data = p.data.float() if p.requires_grad else p.data
+    lm = base_lm(model)
+    if args.activation_checkpointing:                           # the second name: transformers before 5.2x
+        (getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable)({"use_reentrant": False})
+    lm.logps = types.MethodType(completion_logps, lm)
+    if args.fsdp:                                               # FSDP2: each process holds its part of every weight, in fp32
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        for layer in lm.base_model.layers:
+            fully_shard(layer, mp_policy=policy)
+        fully_shard(lm, mp_policy=policy)
+        register_fsdp_forward_method(lm, "logps")
+    ends = lm.generation_config.eos_token_id
+    eos_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    if not eos_ids:
+        fail(f"--model {args.model}: neither its tokenizer nor its generation config names an end token")
+    masters = Masters([p for p in model.parameters() if p.requires_grad])
+    if args.optim == "adamw8bit":
+        import bitsandbytes
+        optimizer = bitsandbytes.optim.AdamW8bit(masters.parameters, args.lr, weight_decay=0.0)
+    else:
+        optimizer = torch.optim.AdamW(masters.parameters, args.lr, weight_decay=0.0, fused=True)
+    model.eval()
+    refresh(sampler, model)
+    return types.SimpleNamespace(
+        args=args, tokenizer=tokenizer, eos_ids=eos_ids, data=data, eval_data=eval_data, device=device, model=model, logps=lm.logps,
+        reference=reference, sampler=sampler, masters=masters, optimizer=optimizer, check=lambda: None,
+        curriculum=Curriculum(len(data), args.group_size, args.seed, args.curriculum_floor))
+
+
 # ------------------------------------------------------------------------------------------- 5-7. update
 def micro_batches(rollouts, size, device, mask_truncated=False):
     """Right-padded tensors for `size` rollouts at a time, longest first: little is padding, and too little memory shows at once."""
-    order, out = sorted(rollouts, key=lambda r: -len(r.prompt) - len(r.completion)), []
-    for part in (order[at:at + size] for at in range(0, len(order), size)):
-        pad = lambda rows, dtype=None: torch.nn.utils.rnn.pad_sequence(                                     # noqa: E731
-            [torch.as_tensor(row, dtype=dtype) for row in rows], batch_first=True).to(device)
-        out.append({"ids": pad([r.prompt + r.completion for r in part]), "sampled": pad([r.logps for r in part]),
-                    "mask": pad([[float(r.ended or not mask_truncated)] * len(r.completion) for r in part]),
-                    "prompt_lengths": torch.tensor([len(r.prompt) for r in part], device=device),
-                    "adv": torch.tensor([r.advantage for r in part], device=device)})
-    return out
+    def pad(rows):
+        return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True).to(device)
+
+    order = sorted(rollouts, key=lambda r: -len(r.prompt) - len(r.completion))
+    return [{"ids": pad([r.prompt + r.completion for r in part]), "sampled": pad([r.logps for r in part]),
+             "mask": pad([[float(r.ended or not mask_truncated)] * len(r.completion) for r in part]),
+             "prompt_lengths": torch.tensor([len(r.prompt) for r in part], device=device),
+             "adv": torch.tensor([r.advantage for r in part], device=device)}
+            for part in (order[at:at + size] for at in range(0, len(order), size))]
 
 
-def backward(run, batches, temperature, num_tokens, num_seqs, check):
+def backward(run, batches, temperature, num_tokens, num_seqs, check=lambda: None):
     """Adds up the gradient of a whole step, batch by batch. -> the loss's parts. The first pass leaves the policy's own
     log-probabilities in each batch: they are the old ones of the later passes."""
-    args, lm, sums = run.args, base_lm(run.model), {}
+    args, sums = run.args, {}
     for b in batches:
         check()
         where = b["ids"], b["prompt_lengths"], b["mask"], temperature
-        logp, entropy = completion_logps(lm, *where)                                                                       # 5
+        logp, entropy = run.logps(*where)                                                                                  # 5
         if "old" not in b:
             b["old"], b["ref"] = logp.detach(), b["mask"]
             if args.beta:
                 with torch.no_grad(), contextlib.nullcontext() if run.reference else run.model.disable_adapter():
-                    b["ref"] = completion_logps(run.reference or lm, *where)[0]
+                    b["ref"] = completion_logps(run.reference or base_lm(run.model), *where)[0]
         loss, parts = policy_loss(logp, b["old"], b["ref"], b["adv"], b["mask"], loss=args.loss, clip_low=args.clip_low,
                                   clip_high=args.clip_high, beta=args.beta, num_tokens=num_tokens, num_seqs=num_seqs,
                                   max_new_tokens=args.max_new_tokens)                                                      # 6
-        loss.backward()
+        (loss * WORLD if args.fsdp else loss).backward()                                # FSDP averages over processes
         parts |= {"entropy": (entropy * b["mask"]).sum() / num_tokens,
                   "logp_gap": ((b["old"] - b["sampled"]).abs() * b["mask"]).sum() / num_tokens}
         sums = {name: sums.get(name, 0) + value for name, value in parts.items()}
@@ -502,10 +580,11 @@ def backward(run, batches, temperature, num_tokens, num_seqs, check):
 
 def update(run, trained, temperature, lr):
     """Steps 5 to 7 on the rollouts of one step: --inner_epochs updates. -> metrics, means over them."""
-    args, metrics = run.args, {}
+    args, metrics, masters = run.args, {}, run.masters.parameters
     batches = micro_batches(trained, args.micro_batch_size, run.device, args.mask_truncated)
     num_tokens = sum(float(b["mask"].sum()) for b in batches)
-    batches = batches[RANK::WORLD]
+    empty = {name: torch.zeros_like(x) if name == "mask" else x for name, x in batches[-1].items()}
+    batches = (batches + [dict(empty) for _ in range(-len(batches) % WORLD)])[RANK::WORLD]      # as many passes in each process
     run.model.train()
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -516,164 +595,85 @@ def update(run, trained, temperature, lr):
                 sums = backward(run, batches, temperature, num_tokens, len(trained), (lambda: None) if epoch else run.check)
                 break
             except torch.OutOfMemoryError:
-                if max(len(b["ids"]) for b in batches) == 1:
-                    fail("out of GPU memory at one completion: --activation_checkpointing, --lora_rank or a smaller --max_new_tokens")
+                if args.fsdp or max(len(b["ids"]) for b in batches) == 1:
+                    fail("out of GPU memory: take a smaller --micro_batch_size or --max_new_tokens, or --activation_checkpointing")
             batches = [dict(zip(b, half)) for b in batches for half in zip(*(x.tensor_split(2) for x in b.values())) if len(half[0])]
             args.micro_batch_size = -(-args.micro_batch_size // 2)
             note(f"out of GPU memory: --micro_batch_size {args.micro_batch_size} from here on; the update is the same")
-        for p in run.masters.parameters if WORLD > 1 else []:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for p in masters if WORLD > 1 and not args.fsdp else []:
             dist.all_reduce(p.grad)
-        norm = float(torch.nn.utils.clip_grad_norm_(run.masters.parameters, args.max_grad_norm or math.inf))               # 7
+        norm = float(full(torch.nn.utils.clip_grad_norm_(masters, args.max_grad_norm or math.inf)))                        # 7
         if math.isfinite(norm):
             run.optimizer.step()
             run.masters.write_back()
         shares = gather(sums | {"grad_norm": norm / WORLD})
-        metrics = {name: metrics.get(name, 0) + sum(share.get(name, 0) for share in shares) / args.inner_epochs
-                   for name in dict.fromkeys(name for share in shares for name in share)}
+        metrics = {name: metrics.get(name, 0) + sum(share[name] for share in shares) / args.inner_epochs for name in shares[0]}
     run.optimizer.zero_grad()
     run.model.eval()
     refresh(run.sampler, run.model)
     return metrics
 
 
-# ------------------------------------------------------------------------------------------- a run and its files
-class Stopped(Exception):
-    """A signal asked the run to end."""
-
-
-def load_tokenizer(args):
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError, KeyError) as err:
-        fail(f"--model {args.model}: no such folder, and no such model on the hub or no network ({str(err).splitlines()[0]})")
-    if (Path(args.model) / "adapter_config.json").exists():
-        fail(f"--model {args.model} is an adapter: train its merged model instead (sft.py --merge writes it)")
-    tokenizer.chat_template = Path(args.chat_template).read_text() if args.chat_template else tokenizer.chat_template
-    if not tokenizer.chat_template:
-        fail(f"--model {args.model}: its tokenizer has no chat template, pass one with --chat_template FILE (Jinja)")
-    return tokenizer
-
-
-def read_rows(args, tokenizer, sources, split):
-    """Rows of all sources with their prompts' ids. Countdown data that is not there yet is made."""
-    rows = []
-    try:
-        for source in sources:
-            if source.split(":")[0] == "countdown" and not Path("data/countdown").exists():
-                note("data/countdown is not there yet: making it with countdown.py")
-                subprocess.run([sys.executable, Path(__file__).with_name("countdown.py"), "--out", "data/countdown"], check=True)
-            rows += rewards.load_rows(source, split)
-    except (rewards.DataError, subprocess.CalledProcessError) as err:
-        fail(err)
-    for row in rows:
-        row["prompt_ids"] = tokenizer.apply_chat_template(rewards.messages(row["task"], row, args.style), tokenize=True,
-                                                          add_generation_prompt=True, return_dict=False)
-    return rows
-
-
-def load_lm(name, args, device, load_in_4bit=False):
-    dtype = {"cuda": torch.bfloat16}.get(device.type, torch.float32) if args.dtype == "auto" else getattr(torch, args.dtype)
-    kwargs = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
-    if load_in_4bit:
-        kwargs |= {"device_map": {"": device}, "quantization_config": transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
-    try:
-        lm = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, KeyError) as err:
-        fail(f"--model {name}: {str(err).splitlines()[0]}")
-    for module in lm.modules():                                 # on CPU a forward would repack 4-bit weights, and break them
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return lm.to(device).eval()
-
-
-def build(args, tokenizer, data, eval_data, folder):
-    """All that a run is made of, from --model, or as it was when the checkpoint in `folder` was written.
-
-    model: the policy, a transformers model or a peft model around one; sampler: the same as a plain model; reference: where
-    the policy started, frozen, or None where that is the policy with its adapter off; data: rows with "prompt_ids"."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    reference = None
-    if args.lora_rank:
-        import peft
-        torch.manual_seed(args.seed)
-        base, sampler = load_lm(args.model, args, device, args.load_in_4bit), load_lm(args.model, args, device)
-        config = peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = peft.PeftModel.from_pretrained(base, folder, is_trainable=True) if folder else peft.get_peft_model(base, config)
-        for p in (p for p in model.parameters() if p.requires_grad):
-            p.data = p.data.float()
-    else:
-        model = sampler = load_lm(folder or args.model, args, device)
-        reference = load_lm(args.model, args, device).requires_grad_(False) if args.beta else None
-    lm = base_lm(model)
-    if args.activation_checkpointing:                           # the second name: transformers before 5.2x
-        (getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable)({"use_reentrant": False})
-    masters = Masters([p for p in model.parameters() if p.requires_grad])
-    if args.optim == "adamw8bit":
-        import bitsandbytes
-        optimizer = bitsandbytes.optim.AdamW8bit(masters.parameters, weight_decay=0.0)
-    else:
-        optimizer = torch.optim.AdamW(masters.parameters, weight_decay=0.0, fused=True)
-    ends = lm.generation_config.eos_token_id
-    eos_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    if not eos_ids:
-        fail(f"--model {args.model}: neither its tokenizer nor its generation config names an end token")
-    curriculum = Curriculum(len(data), args.group_size, args.seed, args.curriculum_floor)
-    if folder:
-        state = torch.load(folder / "trainer.pt", weights_only=True, map_location=device)
-        optimizer.load_state_dict(state["optimizer"])
-        vars(curriculum).update(state["curriculum"])
-        for master, saved in zip(masters.short.values(), state["masters"]):
-            master.data.copy_(saved)
-    model.eval()
-    refresh(sampler, model)
-    return SimpleNamespace(args=args, tokenizer=tokenizer, eos_ids=eos_ids, data=data, eval_data=eval_data, device=device,
-                           curriculum=curriculum, model=model, reference=reference, sampler=sampler, masters=masters,
-                           optimizer=optimizer, check=lambda: None)
+# ------------------------------------------------------------------------------------------- files of a run
+def seal(path):
+    """Size and SHA-256 of a file, which is on the disk when this returns."""
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+        return [os.fstat(f.fileno()).st_size, hashlib.file_digest(f, "sha256").hexdigest()]
 
 
 def save_model(run, folder):
-    """The policy as transformers and peft load it."""
-    run.model.save_pretrained(folder)
+    """The policy as transformers and peft load it: the adapter, or all of it."""
+    (run.model if run.args.lora_rank else run.sampler).save_pretrained(folder)
     run.tokenizer.save_pretrained(folder)
 
 
-def manifest(folder):
-    """Size and SHA-256 of every file in a checkpoint."""
-    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "manifest.json"}
-    return {name: [p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest()] for name, p in files.items()}
-
-
 def save_checkpoint(run, step):
-    """OUTPUT_DIR/checkpoint-<step>: a model folder and what else a run is. Written under another name, flushed, then renamed:
-    whole or not there. Only then do older ones go."""
+    """OUTPUT_DIR/checkpoint-<step>: a model folder, and all else that a run is. It takes this name when it is whole and on the
+    disk; only then do older ones go."""
     folder = Path(run.args.output_dir) / f"checkpoint-{step}"
-    tmp = folder.with_name("tmp-" + folder.name)
+    tmp = folder.with_name(f"tmp-{folder.name}")
+    state = tree_map(full, {"optimizer": run.optimizer.state_dict(), "masters": [p.detach() for p in run.masters.parameters],
+                            "curriculum": vars(run.curriculum)})
     if RANK or folder.exists():
         return
     shutil.rmtree(tmp, ignore_errors=True)                      # of a run that was killed while it saved
-    save_model(run, tmp)
-    torch.save({"optimizer": run.optimizer.state_dict(), "curriculum": vars(run.curriculum),
-                "masters": [master.detach() for master in run.masters.short.values()]}, tmp / "trainer.pt")
-    (tmp / "manifest.json").write_text(json.dumps(manifest(tmp)))
-    for path in [*tmp.rglob("*"), tmp]:
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+    try:
+        save_model(run, tmp)
+        torch.save(state, tmp / "trainer.pt")
+        (tmp / "manifest.json").write_text(json.dumps({p.name: seal(p) for p in sorted(tmp.iterdir())}))
+        seal(tmp / "manifest.json")
+    except (OSError, RuntimeError, SafetensorError) as err:     # a full disk, in each library's own words
+        shutil.rmtree(tmp, ignore_errors=True)
+        fail(f"cannot write {folder} ({err}); make room, then --resume: older checkpoints are whole")
     tmp.rename(folder)
     for old in checkpoints(folder.parent)[:-run.args.keep]:
         shutil.rmtree(old)
 
 
+@torch.no_grad()
+def load_checkpoint(run, folder):
+    state = torch.load(folder / "trainer.pt", weights_only=True, map_location=run.device)
+    for p, saved in zip(run.masters.parameters, state["masters"]):
+        p.copy_(distribute_tensor(saved, p.device_mesh, p.placements) if isinstance(p, DTensor) else saved)
+    run.masters.write_back()
+    refresh(run.sampler, run.model)
+    vars(run.curriculum).update(state["curriculum"])
+    if run.args.fsdp:                                           # moments are sharded as their parameters are
+        for i, p in enumerate(run.masters.parameters):
+            state["optimizer"]["state"][i] = {name: distribute_tensor(x, p.device_mesh, p.placements) if x.ndim else x
+                                              for name, x in state["optimizer"]["state"][i].items()}
+    run.optimizer.load_state_dict(state["optimizer"])
+
+
 def checkpoints(output_dir):
-    """Oldest first."""
+    """Oldest first, damaged ones too."""
     return sorted((p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdecimal()), key=lambda p: int(p.name[11:]))
 
 
 def open_output(args):
-    """-> the checkpoint to go on from: the newest that is as it was written; or None. Another run's folder is never written to
-    by mistake, nor is this run's with other flags."""
+    """-> the checkpoint to go on from, the newest that is as it was written, or None. Another run's folder is never written to
+    by mistake, nor is this one's with other flags."""
     out = Path(args.output_dir)
     free = ("resume", "overwrite", "output_dir", "save_every", "keep", "sample_every", "log_to", "micro_batch_size", "sample_batch_size")
     flags = {name: value for name, value in vars(args).items() if name not in free}
@@ -688,7 +688,7 @@ def open_output(args):
         return None
     for folder in reversed(checkpoints(out)):
         with contextlib.suppress(OSError, ValueError):
-            if json.loads((folder / "manifest.json").read_text()) == manifest(folder):
+            if all(seal(folder / name) == sealed for name, sealed in json.loads((folder / "manifest.json").read_text()).items()):
                 break
         note(f"{folder} is damaged (a file is missing, cut off or changed): trying the one before it")
     else:
@@ -703,27 +703,46 @@ def open_output(args):
     return folder
 
 
+def append(args, name, rows):
+    with open(Path(args.output_dir) / name, "a") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 def logger(args):
     """-> log(metrics): a line in metrics.jsonl, and TensorBoard or W&B where asked for."""
     send = lambda metrics: None                                                                             # noqa: E731
-    if args.log_to == "tensorboard" and not RANK:
+    if args.log_to == "tensorboard" and RANK == 0:
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(args.output_dir)
         send = lambda metrics: [board.add_scalar(*item, metrics["step"]) for item in metrics.items()]       # noqa: E731
-    if args.log_to == "wandb" and not RANK:
+    if args.log_to == "wandb" and RANK == 0:
         import wandb
         board = wandb.init(project="grpo", name=Path(args.output_dir).name, config=vars(args), dir=args.output_dir)
         send = lambda metrics: board.log(metrics, step=metrics["step"])                                     # noqa: E731
-
-    def log(metrics):
-        if not RANK:
-            with open(Path(args.output_dir) / "metrics.jsonl", "a") as f:
-                f.write(json.dumps(metrics) + "\n")
-            send(metrics)
-    return log
+    return lambda metrics: None if RANK else (append(args, "metrics.jsonl", [metrics]), send(metrics))
 
 
 # ------------------------------------------------------------------------------------------- the loop
+def read_rows(args, tokenizer, context, sources, split):
+    """Rows of all sources with their prompts' ids. Countdown data that is not there yet is made."""
+    rows = []
+    try:
+        for source in sources:
+            if source.split(":")[0] == "countdown" and not Path("data/countdown").exists():
+                note("data/countdown is not there yet: making it with countdown.py")
+                subprocess.run([sys.executable, Path(__file__).with_name("countdown.py"), "--out", "data/countdown"], check=True)
+            rows += rewards.load_rows(source, split)
+    except (rewards.DataError, subprocess.CalledProcessError) as err:
+        fail(err)
+    for n, row in enumerate(rows, 1):
+        row["prompt_ids"] = tokenizer.apply_chat_template(rewards.messages(row["task"], row, args.style), tokenize=True,
+                                                          add_generation_prompt=True, return_dict=False)
+        if len(row["prompt_ids"]) + args.max_new_tokens > context:
+            fail(f"row {n} of {' '.join(sources)}: its prompt of {len(row['prompt_ids'])} tokens and --max_new_tokens "
+                 f"{args.max_new_tokens} are more than the model's context of {context}")
+    return rows
+
+
 def means(rollouts, data):
     """Means over rollouts: every reward part, those of each task where there are several, lengths."""
     out = {name: sum(r.parts[name] for r in rollouts) / len(rollouts) for name in rollouts[0].parts}
@@ -750,58 +769,66 @@ def train_step(run, step):
     for at in range(0, len(drawn), G):
         run.curriculum.record(drawn[at].index, sum(r.parts["correct"] for r in drawn[at:at + G]))
     end = time.perf_counter()
-    peak = torch.cuda.max_memory_allocated() / 1e9 if run.device.type == "cuda" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    gpu = run.device.type == "cuda"
     return metrics | {"lr": lr, "temperature": temperature, "sample_seconds": sampled - start, "update_seconds": end - sampled,
                       "sample_tokens_per_s": sum(len(r.completion) for r in drawn) / (sampled - start),
                       "update_tokens_per_s": sum(len(r.completion) for r in trained) * args.inner_epochs / (end - sampled),
-                      "step_seconds": end - start, "peak_memory_gb": peak}, first
+                      "step_seconds": end - start, "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if gpu else
+                      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}, first
 
 
-def dump_samples(run, step, rollouts):
-    """The first two groups of a step, whole, for people to read: reward hacking shows there first."""
-    with open(Path(run.args.output_dir) / "samples.jsonl", "a") as f:
-        for r in rollouts[:2 * run.args.group_size]:
-            row = run.data[r.index]
-            prompt = rewards.messages(row["task"], row, run.args.style)[-1]["content"]
-            f.write(json.dumps({"step": step, "task": row["task"], "prompt": prompt, "completion": r.text, "ended": r.ended,
-                                "advantage": r.advantage, **r.parts}) + "\n")
+LINE = ("step {step}  reward {reward:.3f}  correct {correct:.3f}  format {format:.3f}  dead {frac_reward_zero_std:.2f}  "
+        "length {completion_length:.0f}  cut {truncated:.2f}  entropy {entropy:.3f}  kl {kl:.4f}  grad {grad_norm:.2f}  "
+        "{step_seconds:.1f} s, {left} left")
 
-
-LINE = ("reward {reward:.3f}  correct {correct:.3f}  format {format:.3f}  dead {frac_reward_zero_std:.2f}  length "
-        "{completion_length:.0f}  cut {truncated:.2f}  entropy {entropy:.3f}  kl {kl:.4f}  grad {grad_norm:.2f}  {step_seconds:.1f} s")
+WARNINGS = [                                                    # (what the last 20 steps show, what usually helps), said once
+    (lambda m: m["reward"] <= 0, "no reward at all: look at samples.jsonl; a cold start with sft.py, easier prompts or more format "
+                                 "weight give it something to learn from"),
+    (lambda m: m["correct"] > 0.98, "nearly everything is right: harder prompts (--pass_rate) leave more to learn"),
+    (lambda m: m["frac_reward_zero_std"] > 0.9, "over 90 % of groups are dead: a larger --group_size, prompts of medium difficulty "
+                                                "(--pass_rate 0.1 0.9) or a higher --temperature help"),
+    (lambda m: m["truncated"] > 0.5, "over half of the completions are cut off: raise --max_new_tokens"),
+    (lambda m: m.get("kl", 0) > 1, "the policy is far from its start (KL above 1): lower --lr or raise --beta"),
+    (lambda m: m.get("logp_gap", 0) > 0.1, "sampler and trainer disagree (logp_gap above 0.1): try --dtype float32")]
 
 
 def main(argv=None):
     args = parse_args(argv)
-    tokenizer = load_tokenizer(args)
-    data, eval_data = read_rows(args, tokenizer, args.data, "train"), read_rows(args, tokenizer, args.eval_data, args.eval_split)
-    if args.pass_rate:
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    tokenizer, context = load_tokenizer(args)
+    data = read_rows(args, tokenizer, context, args.data, "train")
+    eval_data = read_rows(args, tokenizer, context, args.eval_data, args.eval_split)
+    if args.pass_rate != [0, 1]:
         if any("pass_rate" not in row for row in data):
-            fail("--pass_rate: a row of --data has no pass_rate column; eval.py --samples 8 writes files that have")
+            fail("--pass_rate: a row of --data has no such column; eval.py --samples 8 writes files that have")
         data = [row for row in data if args.pass_rate[0] <= row["pass_rate"] <= args.pass_rate[1]]
     if len(data) < args.prompts_per_step:
         fail(f"--data has {len(data)} prompts, fewer than --prompts_per_step {args.prompts_per_step}")
     folder = open_output(args)
-    run, log, done, stop = build(args, tokenizer, data, eval_data, folder), logger(args), int(folder.name[11:]) if folder else 0, []
-
-    def check():
-        if stop and WORLD == 1:                                 # several processes stop together, between steps
-            raise Stopped
-    run.check = check
+    run, log, done, stop, bad, recent, said = build(args, tokenizer, data, eval_data), logger(args), 0, [], 0, [], set()
+    if folder:
+        load_checkpoint(run, folder)
+        done = int(folder.name[11:])
 
     def on_signal(number, frame):
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)
         note("stopping: saving a checkpoint first; once more leaves at once")
 
+    def check():
+        if stop and WORLD == 1:                                 # several processes stop together, between steps
+            raise KeyboardInterrupt
+
     def evaluate(step):
         if eval_data and (step % args.eval_every == 0 or step == args.steps):
             found = means(rollout(run, eval_data, range(len(eval_data)), 0, 0), eval_data)
             log({"step": step, **{"eval_" + name: value for name, value in found.items()}})
-            note("held-out: " + "  ".join(f"{name} {found[name]:.3f}" for name in ("reward", "correct", "format")), "")
+            note(f"step {step}  held-out: reward {found['reward']:.3f}  correct {found['correct']:.3f}  format {found['format']:.3f}")
 
-    handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    run.check, handlers = check, {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=args.steps, initial=done, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
     try:
         if not done:
@@ -811,27 +838,42 @@ def main(argv=None):
             done += 1
             log(metrics)
             bar.update()
-            note(LINE.format_map({"entropy": math.nan, "kl": 0, "grad_norm": 0} | metrics), f"step {done}/{args.steps}  ")
-            if RANK == 0 and (done % args.sample_every == 0 or done == 1):
-                dump_samples(run, done, first)
+            recent = [*recent[-19:], metrics]
+            left = (args.steps - done) * sum(m["step_seconds"] for m in recent) / len(recent)
+            note(LINE.format_map({"entropy": 0, "kl": 0, "grad_norm": 0, "left": tqdm.format_interval(left)} | metrics))
+            bad = bad + 1 if not math.isfinite(metrics.get("grad_norm", 0)) else 0
+            if RANK == 0 and (done % args.sample_every == 0 or done == 1 or bad):
+                append(args, "samples.jsonl", [
+                    {"step": done, "task": data[r.index]["task"], "prompt": tokenizer.decode(r.prompt), "completion": r.text,
+                     "ended": r.ended, "advantage": r.advantage, **r.parts} for r in first[:2 * args.group_size]])
+            for shows, advice in WARNINGS:
+                if len(recent) == 20 and advice not in said and all(map(shows, recent)):
+                    said.add(advice)
+                    note(f"warning: {advice}")
+            if bad:
+                note(f"warning: the gradient is not finite, step {done} changes nothing ({bad} in a row; see samples.jsonl)")
+            if bad == BAD_STEPS:
+                fail(f"{bad} gradients in a row are not finite: lower --lr, and look at step {done} in {args.output_dir}/samples.jsonl")
             evaluate(done)
-            if done % args.save_every == 0:
+            if args.save_every and done % args.save_every == 0:
                 save_checkpoint(run, done)
             if any(gather(bool(stop))):
-                raise Stopped
-    except Stopped:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
         save_checkpoint(run, done)
         note(f"stopped after step {done} of {args.steps}; go on with: python grpo.py {shlex.join(argv or sys.argv[1:])} --resume")
-        raise SystemExit(128 + stop[0] if stop else 1)
+        raise SystemExit(128 + (stop or [signal.SIGINT])[0])
     finally:
         bar.close()
         for s, handler in handlers.items():
             signal.signal(s, handler)
     if RANK == 0:
-        save_model(run, Path(args.output_dir))
+        save_model(run, args.output_dir)
         if args.merge:
             run.sampler.save_pretrained(Path(args.output_dir) / "merged")
             tokenizer.save_pretrained(Path(args.output_dir) / "merged")
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
