@@ -1,13 +1,13 @@
 """Held-out accuracy of one or more checkpoints, side by side: a table, JSON, every sample.
 
 1. Read the rows and build each prompt as in training (`rewards.messages`, the model's own chat template; with --shots, solved
-   rows of the train split come before it as chat turns in the asked-for style). All that can be wrong with flags, data and
-   tokenizers is found here, before weights are loaded.
+   rows come before the problem as chat turns in the asked-for style). What is wrong with flags, data and tokenizers is found
+   here, before weights are loaded.
 2. Sample K completions of each prompt, greedily by default. Each prompt is prefilled once; finished rows leave the batch.
 3. Score with rewards.py: strictly (the answer in the asked-for form) and flexibly (the last thing that looks like one). A
    model trained on one form looks worse to a reader of another: where the two figures part, look at the samples.
 4. Sum up each model and task in one table row, and by kind of problem.
-5. Write FILE (JSON, one object for each table row), FILE's stem + .samples.jsonl (every completion with its parts) and, for
+5. Write FILE (JSON, an object for each table row), FILE's stem + .samples.jsonl (every completion with its parts) and, for
    K > 1, .pass_rates.jsonl (the rows with a `pass_rate`, by which grpo.py --pass_rate selects).
 
 How the figures are made
@@ -16,9 +16,9 @@ How the figures are made
 - pass@k is the unbiased estimator of Chen et al. (2021), equation 1; the table shows k = K, the JSON also 1, 2, 4, ...
 - maj@k: strict answers vote (white space removed), completions without one do not. A tie counts as the share of the tied
   answers that are right, as if one of them was drawn by lot.
-- p is McNemar's exact test, on the problems that a model solves more often than the first model did (better) and less often
-  (worse). Above 0.05 the difference may well be chance.
-- Behaviours are counted by the rules at `BEHAVIOURS` and `tries`: on the words, not on what they mean.
+- p is McNemar's exact test, on the problems that a model solves more often (better) and less often (worse) than the first
+  model does. Above 0.05 the difference may well be chance.
+- Behaviours go by the rules at `BEHAVIOURS` and `tries`: by the words, not by what they mean.
 
     python eval.py --model runs/sft runs/grpo --data countdown
     python eval.py --model Qwen/Qwen2.5-3B-Instruct runs/grpo --data gsm8k math --shots gsm8k:4 --harness gsm8k:8
@@ -35,8 +35,10 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,9 @@ import torch
 from tqdm import tqdm
 
 import rewards
+
+FIELDS = ("model", "task", "n", "accuracy", "accuracy_low", "accuracy_high", "accuracy_flexible", "format", "pass_at_k", "maj_at_k",
+          "completion_length", "truncated", "by")           # of a table row in FILE
 
 
 def fail(message):
@@ -55,38 +60,37 @@ def parse(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], fromfile_prefix_chars="@",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-    g = p.add_argument_group("what is evaluated")
-    g.add_argument("--model", nargs="+", default=[], help="checkpoints: folders (full, or LoRA adapter) or hub ids")
-    g.add_argument("--data", nargs="+", default=["countdown"], metavar="SOURCE", help="TASK[=PATH][:N]")
-    g.add_argument("--split", choices=["train", "val", "test"], default="test", help="which part of the data")
-    g.add_argument("--limit", type=int, default=0, help="rows of each source at most; 0: all")
-    g.add_argument("--style", choices=rewards.STYLES, default="reasoning", help="name of the reasoning tag")
-    g.add_argument("--shots", nargs="+", default=[], metavar="SOURCE", help="solved rows before each problem of their task, "
-                   "the first N of a train split: TASK[=PATH]:N; or N alone, from each source of --data")
-    g.add_argument("--chat_template", help="file with a Jinja chat template, for a tokenizer that has none")
-    g.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with a model")
-    g = p.add_argument_group("sampling")
-    g.add_argument("--samples", type=int, default=1, help="completions for each problem (K)")
-    g.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    g.add_argument("--max_new_tokens", type=int, default=1024, help="tokens of a completion at most")
-    g.add_argument("--batch_size", type=int, default=128, help="completions at a time; halved when GPU memory runs out")
-    g.add_argument("--forbid_after", nargs="+", default=[], metavar="TOKEN", help="A B ...: no token B right after a token A; "
-                   "' no' '</reasoning>' is the control that may not give up after a miss")
-    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-                   help="auto: bfloat16 on a GPU, float32 on a CPU")
-    g.add_argument("--seed", type=int, default=0, help="noise is a function of seed, row and sample alone")
-    g = p.add_argument_group("output")
-    g.add_argument("--output", default="runs/eval.json", metavar="FILE", help="table as JSON; every completion goes beside it "
-                   "(with --curves and --report: the picture, the page)")
-    g.add_argument("--harness", nargs="+", default=[], metavar="TASK[=FOLDER]:SHOTS", help="run lm-evaluation-harness on the "
-                   "models too; FOLDER has {split}.jsonl in place of the task's hub data")
-    g.add_argument("--curves", nargs="+", metavar="RUN", help="evaluate nothing, draw the training curves of these runs")
-    g.add_argument("--report", nargs="+", metavar="RUN", help="evaluate nothing, write one HTML page on these runs")
-    g.add_argument("--results", metavar="FILE", help="with --report: the evaluation that it shows; default runs/eval.json")
+    flag = p.add_argument_group("what is evaluated").add_argument
+    flag("--model", nargs="+", default=[], help="checkpoints: folders (full, or LoRA adapter) or hub ids")
+    flag("--data", nargs="+", default=["countdown"], metavar="SOURCE", help="TASK[=PATH][:N]")
+    flag("--split", choices=["train", "val", "test"], default="test", help="which part of the data")
+    flag("--limit", type=int, default=0, help="rows of each source at most; 0: all")
+    flag("--style", choices=rewards.STYLES, default="reasoning", help="name of the reasoning tag")
+    flag("--shots", nargs="+", default=[], metavar="SOURCE", help="solved rows before each problem of their task, the first N of "
+         "a train split: TASK[=PATH]:N; or N alone, from each source of --data")
+    flag("--chat_template", metavar="FILE", help="Jinja, for a tokenizer that has none")
+    flag("--trust_remote_code", action="store_true", help="run code that comes with a model")
+    flag = p.add_argument_group("sampling").add_argument
+    flag("--samples", type=int, default=1, help="completions for each problem (K)")
+    flag("--temperature", type=float, default=0.0, help="0: greedy")
+    flag("--max_new_tokens", type=int, default=1024, help="tokens of a completion at most")
+    flag("--batch_size", type=int, default=128, help="completions at a time; halved when GPU memory runs out")
+    flag("--forbid_after", nargs="+", default=[], metavar="TOKEN", help="A B ...: no token B right after a token A; "
+         "' no' '</reasoning>' is the control that may not give up after a miss")
+    flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
+    flag("--seed", type=int, default=0, help="noise is a function of seed, row and sample alone")
+    flag = p.add_argument_group("output").add_argument
+    flag("--output", default="runs/eval.json", metavar="FILE", help="the table as JSON; completions go beside it "
+         "(with --curves and --report: the picture, the page)")
+    flag("--harness", nargs="+", default=[], metavar="TASK[=FOLDER]:SHOTS", help="run lm-evaluation-harness on the models too; "
+         "FOLDER has {split}.jsonl in place of the task's hub data")
+    flag("--curves", nargs="+", metavar="RUN", help="evaluate nothing, draw the training curves of these runs")
+    flag("--report", nargs="+", metavar="RUN", help="evaluate nothing, write one HTML page on these runs")
+    flag("--results", metavar="FILE", help="with --report: the evaluation that it shows; default runs/eval.json")
     args = p.parse_args(argv)
-    for flag, least in dict(samples=1, max_new_tokens=1, batch_size=1, limit=0, seed=0).items():
-        if getattr(args, flag) < least:
-            fail(f"--{flag} {getattr(args, flag)}: must be at least {least}")
+    for name, least in dict(samples=1, max_new_tokens=1, batch_size=1, limit=0, seed=0).items():
+        if getattr(args, name) < least:
+            fail(f"--{name} {getattr(args, name)}: must be at least {least}")
     for bad, message in [
         (not args.model, "--model: name at least one checkpoint"),
         (len(set(args.model)) < len(args.model), "--model: the same checkpoint is named twice"),
@@ -148,8 +152,7 @@ def open_checkpoint(name, args, rows=(), shots={}):
         weights = json.loads(Path(name, "adapter_config.json").read_text())["base_model_name_or_path"]
     elif os.path.isdir(name) and not os.path.exists(f"{name}/config.json"):
         inner = sorted(d.name for d in Path(name).iterdir() if list(d.glob("*config.json")))
-        fail(f"--model {name}: holds no model (config.json or adapter_config.json)"
-             + (f"; {', '.join(inner)} in it does" if inner else ""))
+        fail(f"--model {name}: holds no config.json or adapter_config.json" + f"; {', '.join(inner)} in it does" * bool(inner))
     try:
         config = AutoConfig.from_pretrained(weights, **code)
         tokenizer = AutoTokenizer.from_pretrained(name if os.path.exists(f"{name}/tokenizer_config.json") else weights, **code)
@@ -162,7 +165,7 @@ def open_checkpoint(name, args, rows=(), shots={}):
     try:
         ends = GenerationConfig.from_pretrained(weights).eos_token_id            # a list for Qwen2.5-Instruct
     except OSError:
-        ends = config.get_text_config().eos_token_id
+        ends = None
     eos_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     if not eos_ids:
         fail(f"--model {name}: neither its tokenizer nor its generation config names an end token")
@@ -423,38 +426,44 @@ def summarise(records, first):
 
 # ---------------------------------------------------------------------------------------- lm-evaluation-harness
 
-def harness_specs(specs, limit):
-    """["gsm8k=data/gsm8k:8"] -> what lm-eval's task manager takes, all checked."""
-    if not specs:
-        return []
+def harness_tasks(specs, folder):
+    """["gsm8k=data/gsm8k:8"] -> files in `folder`, each lm-eval's own task with these shots and, where named, local rows."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
         fail("--harness: lm-evaluation-harness is not installed; pip install lm-eval")
-    known, found = set(TaskManager().all_subtasks), []
+    known, paths = TaskManager().task_index, []
     for spec in specs:
-        match = re.fullmatch(r"([^=:]+)(?:=(.+))?:(\d+)", spec)
-        if not match or match[1] not in known:
-            fail(f"--harness {spec}: must be TASK[=FOLDER]:SHOTS, with a task of lm-eval (lm-eval ls tasks)")
-        found.append({"task": match[1], "num_fewshot": int(match[3])})
+        match = re.fullmatch(r"([^=:]+)(?:=(.+))?:([0-9]+)", spec)
+        if not match or not getattr(known.get(match[1]), "yaml_path", None):
+            fail(f"--harness {spec}: must be TASK[=FOLDER]:SHOTS, TASK one that `lm-eval ls tasks` lists")
+        task = {"include": str(known[match[1]].yaml_path), "task": match[1], "num_fewshot": int(match[3])}
         if match[2]:
-            files = {path.stem: str(path) for path in Path(match[2]).glob("*.jsonl")}
+            files = {path.stem: str(path.resolve()) for path in Path(match[2]).glob("*.jsonl")}
             if "test" not in files:
                 fail(f"--harness {spec}: there is no {match[2]}/test.jsonl")
-            found[-1] |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
-    return found
+            task |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+        paths.append(Path(folder, f"{match[1]}.yaml"))
+        paths[-1].write_text(json.dumps(task))                 # JSON is YAML
+    return list(map(str, paths))
 
 
-def run_harness(model, checkpoint, specs, args):
-    """lm-eval's own figures as table rows: its prompts (in the chat template), its reading of the answers."""
+def run_harness(model, checkpoint, paths, args):
+    """-> table rows with lm-eval's own figures: its prompts (as chat turns), its reading of the answers. Its first figure stands
+    as strict, its second, if it has one, as flexible (gsm8k: flexible-extract; arc: acc_norm)."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    lm = HFLM(pretrained=model, tokenizer=checkpoint["tokenizer"], batch_size=args.batch_size, max_length=None)
-    out = lm_eval.simple_evaluate(lm, tasks=specs, limit=args.limit or None, apply_chat_template=True, bootstrap_iters=0)
+    lm = HFLM(pretrained=model, tokenizer=checkpoint["tokenizer"], batch_size=min(16, args.batch_size))
+    out = lm_eval.simple_evaluate(lm, tasks=paths, limit=args.limit or None, apply_chat_template=True, bootstrap_iters=0,
+                                  gen_kwargs={"max_gen_toks": args.max_new_tokens})
     rows = []
-    for task, figures in out["results"].items():
-        values = {key: value for key, value in figures.items() if isinstance(value, float) and "stderr" not in key}
-        print(task, values)
+    for task, found in out["results"].items():
+        figures = {name: value for name, value in found.items() if "," in name and "_stderr" not in name}
+        n, (strict, flexible) = out["n-samples"][task]["effective"], [*figures.values(), None][:2]
+        low, high = wilson(strict, n)
+        rows.append(dict.fromkeys(FIELDS) | {"model": checkpoint["name"], "task": f"lm-eval {task}:{out['n-shot'][task]}", "n": n,
+                    "accuracy": strict, "accuracy_low": low, "accuracy_high": high, "accuracy_flexible": flexible,
+                    "samples": 1, "by": {}, "behaviour": {}, "figures": figures})
     return rows
 
 
@@ -476,7 +485,7 @@ def tables(summary):
     for row in summary:
         table.append([row["model"], row["task"], row["n"], row["accuracy"],
                       f"{100 * row['accuracy_low']:.1f} - {100 * row['accuracy_high']:.1f}", row["accuracy_flexible"], row["format"],
-                      *[row["pass_at_k"], row["maj_at_k"]] * (K > 1), f"{row['completion_length']:.0f}", row["truncated"],
+                      *[row["pass_at_k"], row["maj_at_k"]] * (K > 1), round(row["completion_length"] or 0) or None, row["truncated"],
                       *[row.get("better"), row.get("worse"), f"{row['p']:.2g}" if "p" in row else None] * paired])
     yield table
     for task in dict.fromkeys(row["task"] for row in summary):
@@ -489,10 +498,10 @@ def tables(summary):
         yield [[task, "reasoning", *head]] + [["", name, *(row["behaviour"].get(name) for row in rows)] for name in names]
 
 
-def write_files(args, rows, records, summary):
+def write_files(args, rows, records, summary, others):
     """In the order of models and rows: the same bytes for any batch size and number of processes."""
     stem = args.output.removesuffix(".json")
-    Path(args.output).write_text(json.dumps(summary, indent=1, ensure_ascii=False))
+    Path(args.output).write_text(json.dumps(summary + others, indent=1, ensure_ascii=False))
     files = {f"{stem}.samples.jsonl": records}
     if args.samples > 1:
         for row in summary:
@@ -517,7 +526,6 @@ def main(argv=None):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     rows, shots = read_data(args)                                                                                  # 1
-    specs = harness_specs(args.harness, args.limit)
     checkpoints = [open_checkpoint(name, args, rows, shots) for name in args.model]
     so_far = args.output.removesuffix(".json") + (f".samples.{rank}.jsonl" if rank else ".samples.jsonl")
     try:
@@ -525,18 +533,19 @@ def main(argv=None):
         file = open(so_far, "w")
     except OSError as e:
         fail(f"--output {args.output}: cannot be written ({e.strerror})")
-    if world > 1:
-        torch.distributed.init_process_group("gloo")
-    records, summary, first = [], [], {}
-    with file:
+    records, others = [], []
+    with file, tempfile.TemporaryDirectory() as folder:
+        harness = harness_tasks(args.harness, folder) if args.harness and rank == 0 else []
+        if world > 1:
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))     # one may have far more to do
         try:
             for checkpoint in checkpoints:
                 model = load_model(checkpoint, args, device)
                 records += evaluate(model, checkpoint, rows, args, file, rank, world)                              # 2, 3
-                summary += run_harness(model, checkpoint, specs, args) if specs and rank == 0 else []
+                others += run_harness(model, checkpoint, harness, args) if harness else []
                 del model
         except KeyboardInterrupt:
-            print(f"\neval.py: interrupted; the {len(records)} completions so far are in {so_far}", file=sys.stderr)
+            print(f"\neval.py: interrupted; the completions so far are in {so_far}", file=sys.stderr)
             raise SystemExit(130)
     if world > 1:
         shares = [None] * world
@@ -546,13 +555,14 @@ def main(argv=None):
         if rank:
             return os.remove(so_far)
     records.sort(key=lambda r: (args.model.index(r["model"]), r["row"], r["sample"]))
+    summary, first = [], {}
     for model in args.model:                                                                                       # 4
         for task in dict.fromkeys(row["task"] for row in rows):
             row, rates = summarise([r for r in records if r["model"] == model and r["task"] == task], first.get(task))
             summary.append(row)
             first.setdefault(task, rates)
-    print(*("\n" + show(table) for table in tables(summary)), sep="\n")                                            # 5
-    print("\nwritten:", *write_files(args, rows, records, summary))
+    print(*("\n" + show(table) for table in tables(summary + others)), sep="\n")                                   # 5
+    print("\nwritten:", *write_files(args, rows, records, summary, others))
 
 
 if __name__ == "__main__":
