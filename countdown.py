@@ -1,6 +1,4 @@
-"""Countdown: make problems, solve them, write them as JSONL, with worked traces for a supervised cold start.
-
-A problem: reach the target from the given numbers with + - * / and parentheses, each number used exactly once.
+"""Countdown: reach a target from given numbers with + - * /, each used once. Makes problems, solves them, writes JSONL.
 
 The solver, `solve(nums, target)` and `solutions(nums, target)`, is exact and goes through fractions where it must:
  1. A subset of the numbers is a bit mask. For the small subsets, bottom-up, make a table of all values that they can
@@ -8,34 +6,30 @@ The solver, `solve(nums, target)` and `solutions(nums, target)`, is exact and go
  2. From the target go top-down and meet the tables in the middle: split the numbers in two; each value a of the smaller
     part leaves at most six values b of the larger one with a ? b or b ? a equal to the target.
  3. Put the hits together in flat form: a sum is the terms added and the terms taken away, a product the factors above
-    and below the line. So a-(b-c) = a+c-b, a/(b/c) = a*c/b and (a-b)*(c-d) = (b-a)*(d-c) are one solution. Two
-    solutions are distinct when no reordering, regrouping or moving of signs makes one from the other (8*1 and 8/1
-    are distinct); equal numbers are not told apart.
+    and below the line. So a-(b-c) = a+c-b, a/(b/c) = a*c/b and (a-b)*(c-d) = (b-a)*(d-c) are one solution. Distinct
+    solutions: no reordering, regrouping, moving of signs or swapping of equal numbers makes one from the other.
 For one solution step 3 keeps the best sum and the best product of each part: fewest parentheses, thus the shortest.
 
 The generator:
  1. Draw multisets of numbers in random order, none twice, and give each wholly to one of train, val and test: no two of
     the files share a multiset. A small space (3 numbers up to 12) is split in proportion to the rows asked for.
  2. Count for each multiset the expressions by value, as a player with whole numbers would try them: operands in either
-    order are one expression, nothing below 0 or above 9,999, exact division only.
+    order are one expression, no result below 0 or above 9,999, exact division only.
  3. The search of a problem is how many expressions that player tries for each one that hits: all / hitting. easy: up to
-    10, medium: up to 30, hard: more. Extremes, under --min_search or above --max_search, are left out, and so are
-    problems that need fractions or larger numbers. (3 numbers up to 99: mostly 8-10; 4 numbers: mostly 25-500.)
+    10, medium: up to 30, hard: more. (Up to 99: mostly 8-10 with 3 numbers, 25-500 with 4. Up to 12, 3 numbers: 7-40.)
+    Extremes, under --min_search or above --max_search, and problems that need fractions are left out.
  4. Pick a target among those left, every one as likely. Once no fresh multiset is left, each gives further targets.
- 5. Let the teacher play each problem. It writes lines of running results, each with its verdict, until one hits:
+ 5. Let the teacher play. It writes lines of running results, each with its verdict, until one hits:
         5+3=8 8*2=16 no
         5*2=10 10+3=13 ok
     It is impatient: after a miss it stops with probability --give_up, and always after --max_lines, and then answers
     with its last line. A model that starts from such traces knows the form, and RL has persistence and aim to teach.
 
-Files in --out: train.jsonl, test.jsonl, val.jsonl (with --val) of rows {nums, target, solution, difficulty, trace,
-trace_answer}, and sft.jsonl: the train rows --traces times, each with a trace of its own. All are written under
-temporary names, then renamed. The same flags give the same bytes on any machine.
+Files in --out: train.jsonl, test.jsonl, val.jsonl (with --val), rows of {nums, target, solution, difficulty, trace,
+trace_answer}; sft.jsonl: the train rows --traces times, each with its own trace. Same flags, same bytes on any machine.
 
-    python countdown.py                                                   # data for Qwen2.5-3B, into data/countdown
-    python countdown.py --numbers 3 --max_number 12 --max_target 40 --train 2500 --test 500 --traces 16
-    python countdown.py --numbers 4 --difficulty medium hard --train 0 --test 500 --out data/countdown-hard
-    python -c "import countdown; print(countdown.solutions([3, 3, 8, 8], 24))"
+    python countdown.py                                         # problems for Qwen2.5-3B, into data/countdown
+    python countdown.py --out data/tiny --numbers 3 --max_number 12 --max_target 40 --train 2500 --test 500 --traces 16
 """
 import argparse
 import json
@@ -43,20 +37,19 @@ import os
 import random
 import shlex
 import sys
-import time
 from collections import Counter
 from functools import lru_cache
-from itertools import combinations_with_replacement, product
+from itertools import chain, combinations_with_replacement, product, repeat
 from math import comb, gcd
 from operator import index
 from pathlib import Path
 
 from tqdm import tqdm
 
-CLASSES = {"easy": 10, "medium": 30, "hard": float("inf")}  # name -> the largest search in it
-LIMIT = 9_999                                               # the largest number of the player who defines the search
-FRUITLESS = 1_000                                           # multisets without a fit problem until we stop drawing
-FILES = ("train.jsonl", "val.jsonl", "test.jsonl", "sft.jsonl")
+INF = float("inf")
+CLASSES = {"easy": 10, "medium": 30, "hard": INF}  # name -> the largest search in it
+LIMIT = 9_999                                      # the largest number of the player who defines the search
+FRUITLESS = 1_000                                  # multisets drawn per fit problem, beyond which we stop
 
 
 def parse_args(argv=None):
@@ -82,29 +75,20 @@ def parse_args(argv=None):
     g = p.add_argument_group("teacher")
     g.add_argument("--max_lines", type=int, default=5, help="lines of a trace at most")
     g.add_argument("--give_up", type=float, default=0.3, help="probability of stopping after each miss, 0 to 1")
-    g.add_argument("--aim", type=float, default=0.0, help="probability of hitting with a line's last operation when "
-                                                          "one does; else it is drawn at random like the others")
-    g.add_argument("--max_value", type=int, default=99, help="largest result in a trace; raised to max_number")
+    g.add_argument("--aim", type=float, default=0.0, help="probability that a line's last operation hits if one can")
+    g.add_argument("--max_value", type=int, default=99, help="largest result in a trace; at least max_number")
     a = p.parse_args(argv)
-
-    lowest = dict(train=0, val=0, test=0, traces=0, min_number=1, max_target=1, min_search=0, max_lines=1, max_value=1)
-    for name, low in lowest.items():
-        if not getattr(a, name) >= low:
-            fail(f"--{name} {getattr(a, name)}: must be at least {low}")
-    for name in ("give_up", "aim"):
-        if not 0 <= getattr(a, name) <= 1:
-            fail(f"--{name} {getattr(a, name)}: a probability lies between 0 and 1")
+    for names, low, high in (("train val test traces min_search", 0, INF), ("max_lines max_value", 1, INF),
+                             ("min_number max_number max_target", 1, LIMIT), ("give_up aim", 0, 1), ("numbers", 2, 6)):
+        for name in names.split():
+            for value in a.numbers if name == "numbers" else [getattr(a, name)]:
+                if not low <= value <= high:
+                    fail(f"--{name} {value}: must be at least {low}" + (f", at most {high}" if high < INF else ""))
     if not a.train + a.val + a.test:
         fail("--train, --val and --test are all 0: nothing to make")
-    for n in a.numbers:
-        if not 2 <= n <= 6:
-            fail(f"--numbers {n}: must be 2 to 6")
     a.numbers = sorted(set(a.numbers))
     if a.max_number < a.min_number:
         fail(f"--max_number {a.max_number}: must be at least --min_number, which is {a.min_number}")
-    if not a.max_search >= a.min_search:
-        fail(f"--max_search {a.max_search:g}: must be at least --min_search, which is {a.min_search:g}")
-    a.max_value = max(a.max_value, a.max_number)
     return a
 
 
@@ -114,35 +98,28 @@ def fail(message):
 
 
 # ---- Solver. A value is a pair (numerator, denominator), reduced and never negative.
-
 SUM, PRODUCT = 0, 1  # an expression is (kind, ups, downs): texts added and taken away, or above and below the line
+LONGEST = {"key": lambda part: (len(part), part), "reverse": True}  # the order of the parts
 
 
 @lru_cache(None)
 def splits(mask):
-    """All ways to cut a bit mask into two parts, the smaller one first."""
-    low, sub, cuts = mask & -mask, (mask - 1) & mask, []
-    while sub:
-        if sub & low:  # the lowest bit stays on one side, or each cut would come twice
-            cuts.append(sorted((sub, mask ^ sub), key=int.bit_count))
-        sub = (sub - 1) & mask
-    return cuts
+    """All ways to cut a bit mask into two parts, the smaller one first. One side keeps the lowest bit: no cut twice."""
+    cuts = [sub for sub in range(1, mask) if sub & mask == sub and sub & mask & -mask]
+    return [sorted((sub, mask ^ sub), key=int.bit_count) for sub in cuts]
 
 
 def reachable(nums, size):
     """Step 1: {mask: its values} for all subsets of up to `size` numbers."""
-    tables = {1 << i: {(x, 1)} for i, x in enumerate(nums)}
+    tables = {1 << i: {(x, 1): None} for i, x in enumerate(nums)}  # dicts for sets: their order is the same everywhere
     for mask in sorted(range(1, 1 << len(nums)), key=int.bit_count):
         if 1 < mask.bit_count() <= size:
-            values = tables[mask] = set()
-            for left, right in splits(mask):
-                for an, ad in tables[left]:
-                    for bn, bd in tables[right]:
-                        x, y, d = an * bd, bn * ad, ad * bd  # a = x / d, b = y / d
-                        for n, m in ((x + y, d), (abs(x - y), d), (an * bn, d), (x, y), (y, x)):
-                            if m:
-                                g = gcd(n, m)
-                                values.add((n // g, m // g))
+            values = tables[mask] = {}
+            for (an, ad), (bn, bd) in chain(*(product(tables[left], tables[right]) for left, right in splits(mask))):
+                x, y, d = an * bd, bn * ad, ad * bd  # a = x / d, b = y / d
+                for n, m in ((x + y, d), (abs(x - y), d), (an * bn, d), (x, y), (y, x)):
+                    if m:
+                        values[n // (g := gcd(n, m)), m // g] = None
     return tables
 
 
@@ -150,13 +127,13 @@ def partners(t, a):
     """Step 2: all (op, *b, swapped) with a op b = t, or b op a = t if swapped. b is not reduced, and may not exist."""
     (tn, td), (an, ad) = t, a
     x, y, d = tn * ad, an * td, td * ad  # t = x / d, a = y / d
-    found = [("-", x + y, d, True), ("+", x - y, d, False) if x >= y else ("-", y - x, d, False)]
+    found = [("-", x + y, d, True), ("+" if x >= y else "-", abs(x - y), d, False)]
     if x == y:
         found.append(("-", 0, 1, False))
     if y:
         found += [("*", x, y, False), ("/", tn * an, d, True)]
-        if x:
-            found.append(("/", y, x, False))
+    if x and y:
+        found.append(("/", y, x, False))
     return found
 
 
@@ -166,57 +143,42 @@ def text(node):
 
 
 def join(op, a, b, zero, odd):
-    """Step 3: the flat form of a op b. zero: its value is 0, so neither of its signs is the natural one.
-
-    odd: the texts met so far that are their own opposites, as (5-5) is where 5 is given twice. Adding one or taking
-    it away is the same, so it is always added.
-    """
-    kind, sides = SUM if op in "+-" else PRODUCT, []
-    for node in (a, b):
-        if node[0] == kind:
-            sides.append(node[1:])
-        else:
-            sides.append(((text(node) if kind == SUM else f"({text(node)})",), ()))
-    (au, ad), (bu, bd) = sides
+    """Step 3: the flat form of a op b. zero: its value is 0, so neither of its signs is the natural one. odd: the texts
+    met so far that are their own opposites, as (5-5) of two given fives: added or taken away is the same, so added."""
+    kind = SUM if op in "+-" else PRODUCT
+    (au, ad), (bu, bd) = (node[1:] if node[0] == kind else ((text(node) if kind == SUM else f"({text(node)})",), ())
+                          for node in (a, b))
     if op in "-/":
         bu, bd = bd, bu
-    ups, downs = order(au + bu), order(ad + bd)
+    ups, downs = sorted(au + bu, **LONGEST), sorted(ad + bd, **LONGEST)
+    opposite = kind == PRODUCT and not odd.isdisjoint(ups)
     if kind == SUM and (zero or odd):
         own = [s for s in ups + downs if s in odd]
-        ups, downs = (tuple(s for s in part if s not in odd) for part in (ups, downs))
+        ups, downs = ([s for s in part if s not in odd] for part in (ups, downs))
         opposite = ups == downs
         if zero:
             ups, downs = max((ups, downs), (downs, ups))
-        ups = order((*ups, *own))
-    else:
-        opposite = any(s in odd for s in ups)
-    node = kind, ups, downs
+        ups = sorted(ups + own, **LONGEST)
+    node = kind, tuple(ups), tuple(downs)
     if zero and opposite:
         odd |= {text(node), f"({text(node)})"}
     return node
 
 
-def order(parts):
-    return tuple(sorted(parts, key=lambda s: (len(s), s), reverse=True))
-
-
 def expressions(nums, target, tables, every):
     """Steps 2 and 3: all flat forms that reach the target, or without `every` a shortest sum and product of them."""
-    full, memo, odd = (1 << len(nums)) - 1, {}, set()
+    full, odd = (1 << len(nums)) - 1, set()
 
+    @lru_cache(None)
     def find(mask, t):
-        if (mask, t) not in memo:
-            found = {}  # used as an ordered set: the order of a real one differs from process to process
-            for node in hits(mask, t):
-                found[node] = None
-                # Nothing beats a product without parentheses, nor, at the top, a sum without.
-                if not every and "(" not in text(node) and (node[0] == PRODUCT or mask == full):
-                    break
-            if not every:
-                found = [min((node for node in found if node[0] == kind), key=lambda node: (len(text(node)), node))
-                         for kind in sorted({node[0] for node in found})]
-            memo[mask, t] = found
-        return memo[mask, t]
+        found = {}  # used as an ordered set: the order of a real one differs from process to process
+        for node in hits(mask, t):
+            found[node] = None
+            # Nothing beats a product without parentheses, nor, at the top, a sum without.
+            if not every and "(" not in text(node) and (node[0] == PRODUCT or mask == full):
+                break
+        return list(found) if every else [min((node for node in found if node[0] == kind), key=lambda n: len(text(n)))
+                                          for kind in sorted({node[0] for node in found})]
 
     def hits(mask, t):
         if mask.bit_count() == 1 and t in tables[mask]:
@@ -228,42 +190,33 @@ def expressions(nums, target, tables, every):
                 if not t[0] and not a[0]:  # 0 = 0 * b = 0 / b whatever b is
                     choices += [(op, *b, False) for b in at_hand for op in "*/" if b[0] or op == "*"]
                 for op, n, d, swapped in choices:
-                    g = gcd(n, d)
-                    b = (n // g, d // g)
+                    b = n // (g := gcd(n, d)), d // g
                     if at_hand is None or b in at_hand:
                         for x, y in product(find(left, a), find(right, b)):
                             yield join(op, *((y, x) if swapped else (x, y)), not t[0], odd)
 
-    return list(find(full, target))
+    return find(full, target)
 
 
-def search(nums, target, every):
+def solutions(nums, target, every=True):
+    """All distinct solutions (what that means: step 3 above), shortest first; not every: one of the shortest leads."""
     nums, target = [index(x) for x in nums], index(target)
-    if any(x < 0 for x in nums):
-        raise ValueError(f"nums {nums}: the numbers of a problem are not negative")
-    if not nums:
-        return []
+    if not nums or min(nums) < 0:
+        raise ValueError(f"nums {nums}: a problem has one or more numbers, none of them negative")
     # Tables of all but the two largest sizes are enough, unless a 0 makes "any value" an answer.
-    size = len(nums) - (1 if 0 in (target, *nums) else 2)
-    nodes = expressions(nums, (abs(target), 1), reachable(nums, size), every)
+    tables = reachable(nums, len(nums) - (1 if 0 in (target, *nums) else 2))
+    nodes = expressions(nums, (abs(target), 1), tables, every)
     if target < 0:
-        nodes = [(SUM, node[2], node[1]) if node[0] == SUM and node[2] else
-                 (SUM, (), (text(node) if node[0] == PRODUCT else f"({text(node)})",)) for node in nodes]
-    return sorted((text(node) for node in nodes), key=lambda s: (len(s), s))
+        nodes = [join("-", (SUM, (), ()), node, False, set()) for node in nodes]
+    return sorted(map(text, nodes), key=lambda s: (len(s), s))
 
 
 def solve(nums, target):
-    """A shortest expression that uses each number once and equals the target, or None: solve([2, 3, 5], 13) is 5*2+3."""
-    return min(search(nums, target, every=False), key=len, default=None)
-
-
-def solutions(nums, target):
-    """All distinct solutions (what that means: step 3 above), shortest first."""
-    return search(nums, target, every=True)
+    """A shortest expression that uses each number once and equals the target, or None: solve([2, 3, 5], 13) = 5*2+3."""
+    return next(iter(solutions(nums, target, every=False)), None)
 
 
 # ---- Generator.
-
 def count(nums):
     """Step 2: [mask] -> {value: number of whole-number expressions over the numbers in the mask that have it}."""
     tables = [{} for _ in range(1 << len(nums))]
@@ -272,12 +225,15 @@ def count(nums):
     for mask, out in enumerate(tables):
         get = out.get
         for left, right in splits(mask):
-            for a, na in tables[left].items():
-                for b, nb in tables[right].items():
-                    high, low = (a, b) if a >= b else (b, a)
-                    for v in (high - low, high + low, high * low, high // low if low and not high % low else LIMIT + 1):
-                        if v <= LIMIT:
-                            out[v] = get(v, 0) + na * nb
+            for (a, na), (b, nb) in product(tables[left].items(), tables[right].items()):
+                n, (high, low) = na * nb, (a, b) if a >= b else (b, a)
+                out[high - low] = get(high - low, 0) + n
+                if (v := high + low) <= LIMIT:
+                    out[v] = get(v, 0) + n
+                if (v := high * low) <= LIMIT:
+                    out[v] = get(v, 0) + n
+                if low and not high % low:
+                    out[high // low] = get(high // low, 0) + n
     return tables
 
 
@@ -292,61 +248,64 @@ def targets(ways, args):
     return fit
 
 
-def multisets(k, low, high, rand):
+def multisets(k, low, high, rng):
     """Step 1: all multisets of k numbers from low to high, as sorted tuples, in random order."""
     seen, width = set(), high - low + 1
-    space = comb(width + k - 1, k)
-    while len(seen) < space // 4:  # while most are fresh, drawing is cheaper than listing them all
-        nums = tuple(sorted(low + int(rand() * width) for _ in range(k)))
+    while len(seen) < comb(width + k - 1, k) // 4:  # while most are fresh, drawing is cheaper than listing them all
+        nums = tuple(sorted(low + int(rng.random() * width) for _ in range(k)))
         if nums not in seen:
             seen.add(nums)
             yield nums
     rest = [nums for nums in combinations_with_replacement(range(low, high + 1), k) if nums not in seen]
-    while rest:
-        i = int(rand() * len(rest))
-        rest[i], rest[-1] = rest[-1], rest[i]
-        yield rest.pop()
+    rng.shuffle(rest)
+    yield from rest
 
 
-def draw(k, wanted, args, rand, bar):
+def draw(k, wanted, args, rng, bar):
     """Steps 1 to 4 for k numbers: {split: up to wanted[split] problems}."""
-    homes = {split: [] for split in wanted}  # the multisets of each split, each with its targets so far
-    made = {split: [] for split in wanted}
-    room = dict.fromkeys(wanted, 0)
+    # By split: its problems; its multisets, each with its targets so far; how many problems these allow.
+    made, homes, room = {s: [] for s in wanted}, {s: {} for s in wanted}, dict.fromkeys(wanted, 0)
 
-    def add(split, nums, used, tables, fit):
-        left = [t for t in fit if t not in used]
-        if left:
-            target = left[int(rand() * len(left))]
-            used.append(target)
-            values = {mask: {(v, 1) for v in tables[mask]} for mask in range(1, len(tables) - 1)}
-            solution = min(map(text, expressions(nums, (target, 1), values, every=False)), key=len)
-            made[split].append({"nums": list(nums), "target": target, "solution": solution, "difficulty": fit[target]})
+    def give(split, nums):
+        """One more problem from these numbers to this split, if there is one. Returns how many they allow."""
+        ways = count(nums)
+        fit, used = targets(ways[-1], args), homes[split].setdefault(nums, [])
+        if left := [t for t in fit if t not in used]:
+            used.append(left[int(rng.random() * len(left))])
+            tables = {mask: dict.fromkeys(zip(ways[mask], repeat(1))) for mask in range(1, len(ways) - 1)}
+            solution = min(map(text, expressions(nums, (used[-1], 1), tables, every=False)), key=len)
+            made[split].append({"nums": rng.sample(nums, k), "target": used[-1], "solution": solution,
+                                "difficulty": fit[used[-1]]})
             bar.update()
+        return len(fit)
 
-    fruitless = 0
-    for nums in multisets(k, args.min_number, args.max_number, rand):
+    for drawn, nums in enumerate(multisets(k, args.min_number, args.max_number, rng)):
         short = [split for split in wanted if len(made[split]) < wanted[split]]
-        if not short or fruitless == FRUITLESS:
+        if not short or drawn > FRUITLESS * (1 + sum(room.values())):
             break
-        tables = count(nums)
-        fit = targets(tables[-1], args)
-        fruitless = 0 if fit else fruitless + 1
-        if fit:  # to the split with the least room for what it wants, so that a small space is shared out evenly
-            split = min(short, key=lambda split: room[split] / wanted[split])
-            room[split] += len(fit)
-            homes[split].append((nums, []))
-            add(split, *homes[split][-1], tables, fit)
+        split = min(short, key=lambda split: room[split] / wanted[split])  # so that a small space is shared out evenly
+        room[split] += give(split, nums)
     for split in wanted:
         while len(made[split]) < min(wanted[split], room[split]):
-            for nums, used in homes[split]:
+            for nums in homes[split]:
                 if len(made[split]) < wanted[split]:
-                    tables = count(nums)
-                    add(split, nums, used, tables, targets(tables[-1], args))
+                    give(split, nums)
     return made
 
 
 # ---- Teacher.
+def teach(nums, target, rand, max_lines, give_up, aim, max_value):
+    """Step 5: the trace and its answer, the last line's expression, right or wrong. No line comes twice."""
+    lines, max_value = {}, max(max_value, *nums)  # line -> (verdict, expression), in the order of play
+    for _ in range(50 * max_lines):  # few numbers give few lines: a bound, lest we wait for one that is not there
+        line, value, expression = play(nums, target, rand, aim, max_value)
+        if line not in lines:
+            lines[line] = "ok" if value == target else "no", expression
+            if value == target or len(lines) == max_lines or rand() < give_up:
+                break
+    trace = "\n".join(f"{line} {verdict}" for line, (verdict, _) in lines.items())
+    return {"trace": trace, "trace_answer": write(list(lines.values())[-1][1])[0]}
+
 
 def play(nums, target, rand, aim, max_value):
     """One line of play: its text, its result and the expression it amounts to. Larger operand first, whole results."""
@@ -354,14 +313,9 @@ def play(nums, target, rand, aim, max_value):
     while len(hand) > 1:
         i, j = int(rand() * len(hand)), int(rand() * (len(hand) - 1))
         j += j >= i
-        (a, x), (b, y) = sorted((hand[i], hand[j]), key=lambda h: -h[0])
-        moves = [("-", a - b)]
-        if a + b <= max_value:
-            moves.append(("+", a + b))
-        if a * b <= max_value:
-            moves.append(("*", a * b))
-        if b and not a % b:
-            moves.append(("/", a // b))
+        (a, x), (b, y) = (hand[i], hand[j]) if hand[i][0] >= hand[j][0] else (hand[j], hand[i])
+        moves = [("-", a - b), ("+", a + b), ("*", a * b), ("/", a // b if b and not a % b else max_value + 1)]
+        moves = [move for move in moves if move[1] <= max_value]
         if len(hand) == 2 and (hits := [move for move in moves if move[1] == target]) and rand() < aim:
             moves = hits
         op, value = moves[int(rand() * len(moves))]
@@ -370,33 +324,18 @@ def play(nums, target, rand, aim, max_value):
     return " ".join(steps), value, hand[0][1]
 
 
-def teach(nums, target, rand, *, max_lines=5, give_up=0.3, aim=0.0, max_value=99):
-    """Step 5: (trace, answer). No line comes twice; the answer is the last line's expression, right or wrong."""
-    lines = {}  # line -> (verdict, expression), in the order of play
-    for _ in range(50 * max_lines):  # few numbers give few lines: a bound, lest we wait for one that is not there
-        line, value, expression = play(nums, target, rand, aim, max_value)
-        if line not in lines:
-            lines[line] = "ok" if value == target else "no", expression
-            if value == target or len(lines) == max_lines or rand() < give_up:
-                break
-    trace = "\n".join(f"{line} {verdict}" for line, (verdict, _) in lines.items())
-    return trace, write(list(lines.values())[-1][1])[0]
-
-
 def write(expression):
-    """The expression of a line in the line's own order, and how tightly it binds; no needless parentheses."""
+    """The expression of a line in the line's own order, without needless parentheses, and how tightly it binds."""
     if isinstance(expression, int):
         return str(expression), 2
     op, a, b = expression
-    (a, a_binds), (b, b_binds) = write(a), write(b)
-    binds = 0 if op in "+-" else 1
+    (a, a_binds), (b, b_binds), binds = write(a), write(b), int(op in "*/")
     a = f"({a})" if a_binds < binds else a
     b = f"({b})" if b_binds < binds or (b_binds == binds and op in "-/") else b
     return a + op + b, binds
 
 
 # ---- Files.
-
 def save(folder, files):
     """Write {name: rows} under temporary names, then put them all in the place of what an earlier run left there."""
     temporary = {folder / f".{name}.tmp": folder / name for name in files}
@@ -405,8 +344,8 @@ def save(folder, files):
         for path, rows in zip(temporary, files.values()):
             with open(path, "w", encoding="utf-8", newline="\n") as f:
                 f.writelines(json.dumps(row) + "\n" for row in rows)
-        for name in FILES:  # an old val.jsonl could share multisets with the new train.jsonl
-            (folder / name).unlink(missing_ok=True)
+        for name in ("train", "val", "test", "sft"):  # an old val.jsonl could share multisets with the new train.jsonl
+            (folder / f"{name}.jsonl").unlink(missing_ok=True)
         for path, final in temporary.items():
             os.replace(path, final)
     except OSError as e:
@@ -419,49 +358,40 @@ def save(folder, files):
 
 def main(argv=None):
     args = parse_args(argv)
-    rng, start = random.Random(args.seed), time.perf_counter()
-    rand = rng.random
+    rng, folder = random.Random(args.seed), Path(args.out)
     wanted = {split: n for split in ("test", "val", "train") if (n := getattr(args, split))}
     most = args.max_target * sum(comb(args.max_number - args.min_number + k, k) for k in args.numbers)
     if sum(wanted.values()) > most:
-        fail(f"--train, --val and --test ask for {sum(wanted.values())} problems; even if every target could be "
-             f"reached there would be only {most}: ask for fewer, or raise --max_number or --max_target")
-
+        fail(f"--train, --val and --test ask for {sum(wanted.values())} problems; these flags allow at most "
+             f"{most}: ask for fewer, or raise --max_number or --max_target")
+    if folder.exists() and not folder.is_dir():
+        fail(f"--out {folder}: is a file, not a folder")
     problems = {split: [] for split in wanted}
-    with tqdm(total=sum(wanted.values()), desc="problems", unit=" problems", delay=2) as bar:
+    with tqdm(total=sum(wanted.values()), desc="problems", unit="", delay=2) as bar:
         for done, k in enumerate(args.numbers):  # the smallest space first: what it cannot give, the next ones do
             share = {split: -(-(n - len(problems[split])) // (len(args.numbers) - done)) for split, n in wanted.items()}
-            for split, made in draw(k, {s: n for s, n in share.items() if n}, args, rand, bar).items():
+            for split, made in draw(k, {s: n for s, n in share.items() if n}, args, rng, bar).items():
                 problems[split] += made
-    for split, n in wanted.items():
-        if len(problems[split]) < n:
-            fail(f"--{split} {n}: with these flags there are only {len(problems[split])} such problems: ask for fewer, "
-                 "or raise --max_number, --max_target or --max_search, or allow every --difficulty")
+    if any(len(problems[split]) < n for split, n in wanted.items()):
+        there = ", ".join(f"{len(some)} of {wanted[split]} for --{split}" for split, some in problems.items())
+        fail(f"not enough problems with these flags, {there}: ask for fewer, or raise --max_number or --max_target")
 
-    def rows(problem, times=1):
-        for _ in range(times):
-            trace, answer = teach(problem["nums"], problem["target"], rand, max_lines=args.max_lines,
-                                  give_up=args.give_up, aim=args.aim, max_value=args.max_value)
-            bar.update()
-            yield {**problem, "trace": trace, "trace_answer": answer}
+    def taught(some, name, times=1):
+        return [{**row, **teach(row["nums"], row["target"], rng.random, args.max_lines, args.give_up, args.aim,
+                                args.max_value)}
+                for row in tqdm(some, desc=f"traces of {name}", delay=2) for _ in range(times)]
 
-    files = {}
-    with tqdm(total=sum(wanted.values()) + args.traces * args.train, desc="traces", unit=" traces", delay=2) as bar:
-        for split, some in problems.items():
-            rng.shuffle(some)
-            for problem in some:
-                rng.shuffle(problem["nums"])
-            files[f"{split}.jsonl"] = [row for problem in some for row in rows(problem)]
-        if args.traces and args.train:
-            files["sft.jsonl"] = [row for problem in problems["train"] for row in rows(problem, args.traces)]
-            rng.shuffle(files["sft.jsonl"])
-    save(Path(args.out), files)
-    for name, some in files.items():
-        kinds = Counter(row["difficulty"] for row in some)
-        solved = sum(row["trace"].endswith("ok") for row in some) / len(some)
-        print(f"{Path(args.out, name)}: {len(some):,} rows, {', '.join(f'{kinds[c]:,} {c}' for c in CLASSES)}; "
-              f"the teacher solves {solved:.0%}")
-    print(f"{time.perf_counter() - start:.1f} s")
+    for some in problems.values():
+        rng.shuffle(some)
+    files = {f"{split}.jsonl": taught(some, f"{split}.jsonl") for split, some in problems.items()}
+    if args.traces and args.train:
+        files["sft.jsonl"] = taught(problems["train"], "sft.jsonl", args.traces)
+        rng.shuffle(files["sft.jsonl"])
+    save(folder, files)
+    for name, rows in files.items():
+        classes = Counter(row["difficulty"] for row in rows)
+        print(f"{folder / name}: {len(rows):,} rows, {', '.join(f'{classes[c]:,} {c}' for c in CLASSES)}; "
+              f"the teacher solves {sum(row['trace'].endswith('ok') for row in rows) / len(rows):.0%}")
 
 
 if __name__ == "__main__":
