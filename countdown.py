@@ -8,7 +8,7 @@ The solver, `solve(nums, target)` and `solutions(nums, target)`, is exact and go
  3. Put the hits together in flat form: a sum is the terms added and the terms taken away, a product the factors above
     and below the line. So a-(b-c) = a+c-b, a/(b/c) = a*c/b and (a-b)*(c-d) = (b-a)*(d-c) are one solution. Distinct
     solutions: no reordering, regrouping, moving of signs or swapping of equal numbers makes one from the other.
-For one solution step 3 keeps the best sum and the best product of each part: fewest parentheses, thus the shortest.
+`solve` keeps but the best sum and the best product of each part: fewest parentheses, thus shortest.
 
 The generator:
  1. Draw multisets of numbers in random order, none twice, and give each wholly to one of train, val and test: no two of
@@ -22,8 +22,8 @@ The generator:
  5. Let the teacher play. It writes lines of running results, each with its verdict, until one hits:
         5+3=8 8*2=16 no
         5*2=10 10+3=13 ok
-    It is impatient: after a miss it stops with probability --give_up, and always after --max_lines, and then answers
-    with its last line. A model that starts from such traces knows the form, and RL has persistence and aim to teach.
+    It is impatient: it stops after a miss with chance --give_up, or at --max_lines, and answers with its last line.
+    A model that starts from such traces knows the form, and RL has persistence and aim to teach.
 
 Files in --out: train.jsonl, test.jsonl, val.jsonl (with --val), rows of {nums, target, solution, difficulty, trace,
 trace_answer}; sft.jsonl: the train rows --traces times, each with its own trace. Same flags, same bytes on any machine.
@@ -46,10 +46,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-INF = float("inf")
-CLASSES = {"easy": 10, "medium": 30, "hard": INF}  # name -> the largest search in it
-LIMIT = 9_999                                      # the largest number of the player who defines the search
-FRUITLESS = 1_000                                  # multisets drawn per fit problem, beyond which we stop
+CLASSES = {"easy": 10, "medium": 30, "hard": float("inf")}  # name -> the largest search in it
+LIMIT = 9_999                                               # the largest number of the player who defines the search
+FRUITLESS = 1_000                                           # multisets drawn per fit problem, beyond which we stop
 
 
 def parse_args(argv=None):
@@ -78,12 +77,12 @@ def parse_args(argv=None):
     g.add_argument("--aim", type=float, default=0.0, help="probability that a line's last operation hits if one can")
     g.add_argument("--max_value", type=int, default=99, help="largest result in a trace; at least max_number")
     a = p.parse_args(argv)
-    for names, low, high in (("train val test traces min_search", 0, INF), ("max_lines max_value", 1, INF),
+    for names, low, high in (("train val test traces min_search", 0, 10**12), ("max_lines max_value", 1, 10**12),
                              ("min_number max_number max_target", 1, LIMIT), ("give_up aim", 0, 1), ("numbers", 2, 6)):
         for name in names.split():
             for value in a.numbers if name == "numbers" else [getattr(a, name)]:
                 if not low <= value <= high:
-                    fail(f"--{name} {value}: must be at least {low}" + (f", at most {high}" if high < INF else ""))
+                    fail(f"--{name} {value}: must be from {low:,} to {high:,}")
     if not a.train + a.val + a.test:
         fail("--train, --val and --test are all 0: nothing to make")
     a.numbers = sorted(set(a.numbers))
@@ -304,7 +303,7 @@ def teach(nums, target, rand, max_lines, give_up, aim, max_value):
             if value == target or len(lines) == max_lines or rand() < give_up:
                 break
     trace = "\n".join(f"{line} {verdict}" for line, (verdict, _) in lines.items())
-    return {"trace": trace, "trace_answer": write(list(lines.values())[-1][1])[0]}
+    return {"trace": trace, "trace_answer": write([*lines.values()][-1][1])[0]}
 
 
 def play(nums, target, rand, aim, max_value):
@@ -342,8 +341,7 @@ def save(folder, files):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, rows in zip(temporary, files.values()):
-            with open(path, "w", encoding="utf-8", newline="\n") as f:
-                f.writelines(json.dumps(row) + "\n" for row in rows)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
         for name in ("train", "val", "test", "sft"):  # an old val.jsonl could share multisets with the new train.jsonl
             (folder / f"{name}.jsonl").unlink(missing_ok=True)
         for path, final in temporary.items():
@@ -364,7 +362,7 @@ def main(argv=None):
     if sum(wanted.values()) > most:
         fail(f"--train, --val and --test ask for {sum(wanted.values())} problems; these flags allow at most "
              f"{most}: ask for fewer, or raise --max_number or --max_target")
-    if folder.exists() and not folder.is_dir():
+    if folder.is_file():
         fail(f"--out {folder}: is a file, not a folder")
     problems = {split: [] for split in wanted}
     with tqdm(total=sum(wanted.values()), desc="problems", unit="", delay=2) as bar:

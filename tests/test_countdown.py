@@ -188,7 +188,8 @@ def test_a_random_player_needs_more_lines_for_harder_problems(large):
     rand, hits = random.Random(0).random, {"easy": [], "medium": [], "hard": []}
     for row in large["train"]:
         for _ in range(20):
-            hits[row["difficulty"]].append(countdown.play(row["nums"], row["target"], rand, 0, 9999)[1] == row["target"])
+            _, value, _ = countdown.play(row["nums"], row["target"], rand, 0, 9999)
+            hits[row["difficulty"]].append(value == row["target"])
     easy, medium, hard = (sum(h) / len(h) for h in hits.values())
     assert easy > 1.5 * medium > 1.5 * 1.5 * hard > 0
 
@@ -232,6 +233,14 @@ def test_the_teacher_has_the_form_that_the_prompt_and_the_graders_expect():
     draws = iter([0, 0, .5, 0, 0, .6, .9, 0, .6, .9, 0, 0, 0, .5])  # first, second, operation; one for giving up, ...
     taught = countdown.teach([5, 3, 2], 13, lambda: next(draws), 5, 0.3, 0, 99)
     assert taught == {"trace": "5+3=8 8*2=16 no\n5*2=10 10+3=13 ok", "trace_answer": "5*2+3"}
+
+
+def test_the_graders_agree_with_the_teacher(data):
+    for row in data["test"]:
+        completion = f"<reasoning>{row['trace']}</reasoning>\n<answer>{row['trace_answer']}</answer>"
+        parts = rewards.score("countdown", completion, {**row, "task": "countdown"})
+        assert parts["correct"] == row["trace"].endswith("ok")
+        assert parts["format"] == parts["process"] == 1
 
 
 def test_knobs_of_the_teacher_do_what_they_say(large):
@@ -310,7 +319,8 @@ def test_an_old_val_file_does_not_stay_beside_new_training_data(tmp_path):
     (["@no/such/file"], "no/such/file"),
     (["--train", "1000000000000"], "1000000001000"),
     ([*SMALL, "--train", "9000"], "of 9000 for --train"),
-    (["--numbers", "2", "--max_number", "3", "--train", "3", "--test", "100", "--difficulty", "hard"], "0 of 100 for --test"),
+    (["--numbers", "2", "--max_number", "3", "--train", "3", "--test", "100", "--difficulty", "hard"],
+     "0 of 100 for --test"),
     (["--out", str(SCRIPT)], "is a file"),
     (["--out", str(SCRIPT / "below"), "--train", "3", "--test", "3"], "cannot write"),
 ])
