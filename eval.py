@@ -1,30 +1,23 @@
 """Held-out accuracy of one or more checkpoints, side by side: a table, JSON, every sample.
 
-1. Read the rows and build each prompt as in training (`rewards.messages`, the model's own chat template; with --shots, solved
-   rows come before the problem as chat turns in the asked-for style). What is wrong with flags, data and tokenizers is found
-   here, before weights are loaded.
+1. Read the rows and build the prompts as in training (rewards.messages, the model's chat template; --shots: solved rows come
+   before the problem as chat turns in the asked-for style). Wrong flags, data and tokenizers are found here, before weights load.
 2. Sample K completions of each prompt, greedily by default. Each prompt is prefilled once; finished rows leave the batch.
-3. Score with rewards.py: strictly (the answer in the asked-for form) and flexibly (the last thing that looks like one). A
-   model trained on one form looks worse to a reader of another: where the two figures part, look at the samples.
+3. Score with rewards.py, strictly (the answer in the asked-for form) and flexibly (the last thing that looks like one). A model
+   trained on one form looks worse to a reader of another: where the two figures part, read the samples.
 4. Sum up each model and task in one table row, and by kind of problem.
 5. Write FILE (JSON, an object for each table row), FILE's stem + .samples.jsonl (every completion with its parts) and, for
    K > 1, .pass_rates.jsonl (the rows with a `pass_rate`, by which grpo.py --pass_rate selects).
 
-How the figures are made
-- Intervals are Wilson's (1927), with n = number of problems: for K > 1 too wide rather than too narrow, since the K
-  completions of one problem are not independent.
-- pass@k is the unbiased estimator of Chen et al. (2021), equation 1; the table shows k = K, the JSON also 1, 2, 4, ...
-- maj@k: strict answers vote (white space removed), completions without one do not. A tie counts as the share of the tied
-  answers that are right, as if one of them was drawn by lot.
-- p is McNemar's exact test, on the problems that a model solves more often (better) and less often (worse) than the first
-  model does. Above 0.05 the difference may well be chance.
-- Behaviours go by the rules at `BEHAVIOURS` and `tries`: by the words, not by what they mean.
+How a figure is made stands at its function in part 4: intervals (Wilson), pass@k (unbiased), maj@k (ties), p (McNemar, on the
+problems that a model solves more or less often than the first model does; above 0.05 the difference may well be chance).
+Behaviours go by the rules at `BEHAVIOURS` and `tries`: by the words, not by what they mean.
 
     python eval.py --model runs/sft runs/grpo --data countdown
     python eval.py --model Qwen/Qwen2.5-3B-Instruct runs/grpo --data gsm8k math --shots gsm8k:4 --harness gsm8k:8
     python eval.py --model runs/sft --data countdown --split train --samples 8 --temperature 1    # pass rates for grpo.py
     torchrun --nproc_per_node 8 eval.py --model runs/grpo --data gsm8k                            # the same figures, sooner
-    python eval.py --curves runs/sft runs/grpo --output curves.png         # drawn by report.py, as is the next
+    python eval.py --curves runs/sft runs/grpo --output curves.png         # by report.py, as the next and all tables
     python eval.py --report runs/sft runs/grpo --output report.html        # a page on these runs and on --results
 """
 import argparse
@@ -37,23 +30,25 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from statistics import fmean as mean
 
 import numpy as np
 import torch
+import transformers
 from tqdm import tqdm
 
 import rewards
-
-FIELDS = ("model", "task", "n", "accuracy", "accuracy_low", "accuracy_high", "accuracy_flexible", "format", "pass_at_k", "maj_at_k",
-          "completion_length", "truncated", "by")           # of a table row in FILE
 
 
 def fail(message):
     print(f"eval.py: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def report(*argv):          # tables, pictures and pages need no model: report.py makes them
+    return subprocess.call([sys.executable, Path(__file__).with_name("report.py"), *argv])
 
 
 def parse(argv):
@@ -66,8 +61,8 @@ def parse(argv):
     flag("--split", choices=["train", "val", "test"], default="test", help="which part of the data")
     flag("--limit", type=int, default=0, help="rows of each source at most; 0: all")
     flag("--style", choices=rewards.STYLES, default="reasoning", help="name of the reasoning tag")
-    flag("--shots", nargs="+", default=[], metavar="SOURCE", help="solved rows before each problem of their task, the first N of "
-         "a train split: TASK[=PATH]:N; or N alone, from each source of --data")
+    flag("--shots", nargs="+", default=[], metavar="SOURCE", help="solved rows before each problem of their task: TASK[=PATH]:N, "
+         "the first N of a train split")
     flag("--chat_template", metavar="FILE", help="Jinja, for a tokenizer that has none")
     flag("--trust_remote_code", action="store_true", help="run code that comes with a model")
     flag = p.add_argument_group("sampling").add_argument
@@ -88,10 +83,9 @@ def parse(argv):
     flag("--report", nargs="+", metavar="RUN", help="evaluate nothing, write one HTML page on these runs")
     flag("--results", metavar="FILE", help="with --report: the evaluation that it shows; default runs/eval.json")
     args = p.parse_args(argv)
-    for name, least in dict(samples=1, max_new_tokens=1, batch_size=1, limit=0, seed=0).items():
-        if getattr(args, name) < least:
-            fail(f"--{name} {getattr(args, name)}: must be at least {least}")
     for bad, message in [
+        *((getattr(args, name) < least, f"--{name} {getattr(args, name)}: must be at least {least}")
+          for name, least in dict(samples=1, max_new_tokens=1, batch_size=1, limit=0, seed=0).items()),
         (not args.model, "--model: name at least one checkpoint"),
         (len(set(args.model)) < len(args.model), "--model: the same checkpoint is named twice"),
         (not 0 <= args.temperature < math.inf, f"--temperature {args.temperature}: must be 0 (greedy) or more"),
@@ -107,7 +101,6 @@ def parse(argv):
 
 
 # ---------------------------------------------------------------------------------------- 1. prompts and checkpoints
-
 def solved(row, style):
     """A row's problem and its solution in the asked-for form, as chat turns."""
     task = row["task"]
@@ -127,35 +120,29 @@ def solved(row, style):
 
 def read_data(args):
     """-> rows, and {task: the chat turns that come before its problems}"""
-    shots = args.shots
-    if len(shots) == 1 and shots[0].isdigit():
-        shots = [f"{re.sub(r':[0-9]+$', '', source)}:{shots[0]}" for source in args.data]
-    turns, source = {}, None
+    turns = {}
     try:
         rows = [row for source in args.data for row in rewards.load_rows(source, args.split)[:args.limit or None]]
-        for source in shots:
-            for row in rewards.load_rows(source, "train"):
-                turns.setdefault(row["task"], []).extend(solved(row, args.style))
+        for row in (row for source in args.shots for row in rewards.load_rows(source, "train")):
+            turns.setdefault(row["task"], []).extend(solved(row, args.style))
     except rewards.DataError as e:
         fail(e)
     except KeyError as e:
-        fail(f"--shots {source}: its rows have no solution to show (column {e})")
+        fail(f"--shots {' '.join(args.shots)}: a row has no {e} to show as its solution")
     return rows, turns
 
 
 def open_checkpoint(name, args, rows=(), shots={}):
     """All of a checkpoint but its weights: where they are, tokenizer, end tokens, the prompts' ids. Refuses what cannot work."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
     weights, code = name, {"trust_remote_code": args.trust_remote_code}
-    adapter = name if os.path.exists(f"{name}/adapter_config.json") else None
-    if adapter:
+    if adapter := os.path.exists(f"{name}/adapter_config.json"):
         weights = json.loads(Path(name, "adapter_config.json").read_text())["base_model_name_or_path"]
     elif os.path.isdir(name) and not os.path.exists(f"{name}/config.json"):
-        inner = sorted(d.name for d in Path(name).iterdir() if list(d.glob("*config.json")))
-        fail(f"--model {name}: holds no config.json or adapter_config.json" + f"; {', '.join(inner)} in it does" * bool(inner))
+        inner = ", ".join(sorted(path.parent.name for path in Path(name).glob("*/*config.json"))) or "nothing"
+        fail(f"--model {name}: holds no config.json or adapter_config.json; of the folders in it {inner} does")
     try:
-        config = AutoConfig.from_pretrained(weights, **code)
-        tokenizer = AutoTokenizer.from_pretrained(name if os.path.exists(f"{name}/tokenizer_config.json") else weights, **code)
+        config = transformers.AutoConfig.from_pretrained(weights, **code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name if os.path.exists(f"{name}/tokenizer_config.json") else weights, **code)
     except (OSError, ValueError, KeyError) as e:
         fail(f"--model {name}: no such folder, and no such model on the hub or no network ({str(e).strip().splitlines()[0]})")
     if args.chat_template:
@@ -163,42 +150,42 @@ def open_checkpoint(name, args, rows=(), shots={}):
     if not tokenizer.chat_template:
         fail(f"--model {name}: its tokenizer has no chat template; pass one with --chat_template FILE (Jinja)")
     try:
-        ends = GenerationConfig.from_pretrained(weights).eos_token_id            # a list for Qwen2.5-Instruct
+        ends = transformers.GenerationConfig.from_pretrained(weights).eos_token_id            # a list for Qwen2.5-Instruct
     except OSError:
         ends = None
     eos_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     if not eos_ids:
         fail(f"--model {name}: neither its tokenizer nor its generation config names an end token")
-    chats = [rewards.messages(row["task"], row, args.style) for row in rows]
-    prompts = [tokenizer.apply_chat_template(chat[:-1] + shots.get(row["task"], []) + chat[-1:], add_generation_prompt=True,
-                                             tokenize=True, return_dict=False) for chat, row in zip(chats, rows)]
+    prompts = []
+    for row in rows:
+        *system, problem = rewards.messages(row["task"], row, args.style)
+        prompts.append(tokenizer.apply_chat_template([*system, *shots.get(row["task"], []), problem], add_generation_prompt=True,
+                                                     tokenize=True, return_dict=False))
     most, context = max(map(len, prompts), default=0), config.get_text_config().max_position_embeddings
     if most + args.max_new_tokens > context:
         fail(f"--max_new_tokens {args.max_new_tokens}: the longest prompt has {most} tokens, and {name} reads {context} in all")
     forbid = [tokenizer.encode(text, add_special_tokens=False) for text in args.forbid_after]
-    for text, ids in zip(args.forbid_after, forbid):
-        if len(ids) != 1:
-            fail(f"--forbid_after {text!r}: {len(ids)} tokens, not one, for {name}")
+    if any(len(ids) != 1 for ids in forbid):
+        fail(f"--forbid_after: {list(map(len, forbid))} tokens for {name}; each must be one")
     return dict(name=name, weights=weights, adapter=adapter, tokenizer=tokenizer, eos_ids=sorted(eos_ids), prompts=prompts,
                 forbid=[ids[0] for ids in forbid])
 
 
 def load_model(checkpoint, args, device):
     """A full checkpoint, or base and adapter merged in memory."""
-    from transformers import AutoModelForCausalLM
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else torch.float32 if device == "cpu" else torch.bfloat16
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint["weights"], dtype=dtype, trust_remote_code=args.trust_remote_code)
+        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint["weights"], dtype=dtype,
+                                                                  trust_remote_code=args.trust_remote_code)
         if checkpoint["adapter"]:
             from peft import PeftModel
-            model = PeftModel.from_pretrained(model, checkpoint["adapter"]).merge_and_unload()
+            model = PeftModel.from_pretrained(model, checkpoint["name"]).merge_and_unload()
     except (OSError, ValueError, KeyError) as e:
         fail(f"--model {checkpoint['name']}: {str(e).strip().splitlines()[0]}")
     return model.to(device).eval()
 
 
 # ---------------------------------------------------------------------------------------- 2. sampling
-
 def uniforms(seed, row, n, length):
     """[n, length] numbers in [0, 1) for the n completions of a row: they depend on (seed, row, completion) alone."""
     streams = (np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, sample, row])) for sample in range(n))
@@ -218,6 +205,7 @@ def generate(model, prompts, noise, *, max_new_tokens, temperature, eos_ids, gro
     """P prompts (lists of ids), each prefilled once and forked -> P * group_size completions (lists of ids that end with
     an end token, unless cut off). noise: [P * group_size, max_new_tokens] from `uniforms`, or None for greedy.
     Finished rows leave the batch. forbid: (a, b, ...): no token b right after a token a."""
+    assert not model.training, "sampling in training mode with activation checkpointing drops the cache without a word"
     device, width = model.device, max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)               # left-padded [P, W]
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)   # by length, not by id
@@ -231,6 +219,7 @@ def generate(model, prompts, noise, *, max_new_tokens, temperature, eos_ids, gro
     rows, done = torch.arange(len(mask), device=device), torch.zeros(len(mask), dtype=torch.bool, device=device)
     tokens = torch.full((len(mask), max_new_tokens), -1, device=device)                            # -1: after the end
     stop, forbid = torch.tensor(eos_ids, device=device), torch.tensor(forbid, dtype=torch.long, device=device)
+    noise = None if noise is None else noise.to(device)
     for t in range(max_new_tokens):
         if len(forbid) and t:
             after = (token == forbid[0]).nonzero()                                                 # [m, 1]
@@ -254,19 +243,17 @@ def generate(model, prompts, noise, *, max_new_tokens, temperature, eos_ids, gro
 
 def evaluate(model, checkpoint, rows, args, file, rank=0, world=1):
     """Samples and scores this process's share of the rows; completions go to `file` as soon as they are scored."""
-    prompts, K, records = checkpoint["prompts"], args.samples, []
+    prompts, K, records, size = checkpoint["prompts"], args.samples, [], max(1, args.batch_size // args.samples)
     # Longest first: what does not fit in memory shows at once, and the time left is never more than it says.
     todo = sorted(range(len(rows)), key=lambda i: (-len(prompts[i]), i))[rank::world]
     bar = tqdm(total=len(todo) * K, desc=checkpoint["name"], unit=" completions", disable=rank > 0,
                mininterval=0.5 if sys.stderr.isatty() else 30)
-    size = max(1, args.batch_size // K)
     while todo:
         batch = todo[:size]
         noise = torch.cat([uniforms(args.seed, i, K, args.max_new_tokens) for i in batch]) if args.temperature else None
         try:
-            ids = generate(model, [prompts[i] for i in batch], noise if noise is None else noise.to(model.device),
-                           max_new_tokens=args.max_new_tokens, temperature=args.temperature, eos_ids=checkpoint["eos_ids"],
-                           group_size=K, forbid=checkpoint["forbid"])
+            ids = generate(model, [prompts[i] for i in batch], noise, group_size=K, max_new_tokens=args.max_new_tokens,
+                           temperature=args.temperature, eos_ids=checkpoint["eos_ids"], forbid=checkpoint["forbid"])
         except torch.OutOfMemoryError:
             if size == 1:
                 fail(f"out of GPU memory with one prompt at a time: lower --samples {K} or --max_new_tokens")
@@ -277,9 +264,11 @@ def evaluate(model, checkpoint, rows, args, file, rank=0, world=1):
         todo = todo[size:]
         texts = checkpoint["tokenizer"].batch_decode(ids, skip_special_tokens=True)
         which = [(i, sample) for i in batch for sample in range(K)]
-        for (i, sample), seq, record in zip(which, ids, score([rows[i] for i, _ in which], texts, ids, args.style)):
-            records.append({"model": checkpoint["name"], "row": i, "sample": sample, **record, "n_tokens": len(seq),
-                            "truncated": seq[-1] not in checkpoint["eos_ids"]})
+        parts = rewards.score_batch([rows[i]["task"] for i, _ in which], texts, [rows[i] for i, _ in which],            # 3
+                                    style=args.style, n_tokens=list(map(len, ids)))
+        records += [{"model": checkpoint["name"], "row": i, "sample": sample, **score(rows[i], text, part, args.style),
+                     "n_tokens": len(seq), "truncated": seq[-1] not in checkpoint["eos_ids"]}
+                    for (i, sample), text, part, seq in zip(which, texts, parts, ids)]
         file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records[-len(ids):])
         file.flush()
         bar.update(len(ids))
@@ -290,21 +279,14 @@ def evaluate(model, checkpoint, rows, args, file, rank=0, world=1):
 
 
 # ---------------------------------------------------------------------------------------- 3. scoring
-
-def score(rows, texts, ids, style):
-    """-> what is known of each completion but its length, a flat dict each"""
-    parts = rewards.score_batch([row["task"] for row in rows], texts, rows, style=style, n_tokens=[len(i) for i in ids])
-    answers = [rewards.answer(text, style) for text in texts]
-
-    def flexible(i):                    # reads on only where strict finds no answer, so that no program is run twice
-        if answers[i] is not None or parts[i]["correct"]:
-            return parts[i]["correct"]
-        return rewards.correct(rows[i]["task"], texts[i], rows[i], style, strict=False)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        loose = list(pool.map(flexible, range(len(texts))))
-    return [{"task": row["task"], "prompt": rewards.messages(row["task"], row, style)[-1]["content"], "completion": text,
-             "answer": answer, **part, "correct_flexible": also, "by": kinds(row), "behaviour": behaviour(text, row, style)}
-            for row, text, answer, part, also in zip(rows, texts, answers, parts, loose)]
+def score(row, text, part, style):
+    """What a record says of a completion beside its parts. Flexible reads on only where there is no answer block, and code
+    never needs one: no program runs twice."""
+    answer = rewards.answer(text, style)
+    strict = row["task"] == "code" or answer is not None
+    return {"task": row["task"], "prompt": rewards.messages(row["task"], row, style)[-1]["content"], "completion": text,
+            "answer": answer, **part, "by": kinds(row), "behaviour": behaviour(text, row, style),
+            "correct_flexible": part["correct"] if strict else rewards.correct(row["task"], text, row, style, strict=False)}
 
 
 GEOMETRY = re.compile(r"\b(area|perimeter|circumference|radius|diameter|triang\w*|rectang\w*|circ(le|ular)\w*|cubic|volume|"
@@ -328,18 +310,18 @@ BEHAVIOURS = {  # after Gandhi et al. (2025): a completion shows one if its reas
                  r"(does|did)(n't| not) work|that('s| is) (wrong|incorrect|not)|instead)\b| no$",
     "sets sub-goals": r"\b(step [1-9]|first(ly)?,? |next, |finally, |we (first )?need to (find|get|make|know)|so that we can)",
 }
-BEHAVIOURS = {name: re.compile(rule, re.IGNORECASE | re.MULTILINE) for name, rule in BEHAVIOURS.items()}
 OPERATORS = "-+*/×·÷−"
 EQUATION = re.compile(rf"([\d(][\d (){OPERATORS}]{{2,80}})= *(\d+)".replace("-+", r"\-+"))
 
 
 def behaviour(text, row, style):
-    reasoning = text.rpartition(f"</{style}>")[0] or text
-    found = {name: bool(rule.search(reasoning)) for name, rule in BEHAVIOURS.items()}
-    return found | tries(reasoning, row) if row["task"] == "countdown" else found
+    before, closed, after = text.rpartition(f"</{style}>")
+    reasoning = before or after
+    found = {name: bool(re.search(rule, reasoning, re.IGNORECASE | re.MULTILINE)) for name, rule in BEHAVIOURS.items()}
+    return found | (tries(reasoning, row, closed) if row["task"] == "countdown" else {})
 
 
-def tries(reasoning, row):
+def tries(reasoning, row, closed=True):
     """Countdown: a try is a line whose equations have as many operators as it takes to use every number. A result that stands
     in a later equation of the line is the expression that made it, so that `5*2=10 10+3=13` is (5*2)+3; a try is a hit if
     this whole expression truly solves the problem. Repeated: the same line before, but for blanks and words."""
@@ -353,13 +335,13 @@ def tries(reasoning, row):
         if operators == len(row["nums"]) - 1:
             hit = bool(rewards.correct("countdown", f"<answer>{expression}</answer>", row))
             seen, hits = seen + ["".join(c for c in line if c in OPERATORS + "0123456789()=")], hits + hit
-    return {"tries": len(seen), "hits": hits, "repeated": len(seen) - len(set(seen)), "stops after a miss": not hit}
+    return {"tries": len(seen), "hits": hits, "repeated": len(seen) - len(set(seen)), "stops after a miss": bool(closed and not hit)}
 
 
 # ---------------------------------------------------------------------------------------- 4. statistics
-
 def wilson(p, n, z=1.959964):
-    """95 % interval of a share p of n (Wilson 1927): right near 0 and 1 too, where p +- 2 s is not."""
+    """95 % interval of a share p of n (Wilson 1927): right near 0 and 1 too, where p +- 2 s is not. n is the number of problems:
+    for K > 1 too wide rather than too narrow, since the K completions of one problem are not independent."""
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
@@ -370,7 +352,8 @@ def pass_at_k(n, c, k):
 
 
 def maj_at_k(answers, correct):
-    """Is the most frequent answer right? A tie counts as the share of the tied answers that are right."""
+    """Is the most frequent strict answer (white space removed) right? Completions without one do not vote; a tie counts as the
+    share of the tied answers that are right, as if one of them was drawn by lot."""
     keys = [None if a is None else "".join(a.split()) for a in answers]
     votes = Counter(k for k in keys if k is not None)
     tied = [k for k, count in votes.items() if count == max(votes.values())]
@@ -383,145 +366,90 @@ def mcnemar(better, worse):
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(better, worse) + 1)) / 2 ** n)
 
 
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values) if values else None
+def table_row(model, task, n, accuracy, **more):
+    low, high = wilson(accuracy, n)
+    return dict(model=model, task=task, n=n, accuracy=accuracy, accuracy_low=low, accuracy_high=high, accuracy_flexible=None, format=None,
+                pass_at_k=None, maj_at_k=None, completion_length=None, truncated=None, by={}, behaviour={}, samples=1) | more
 
 
 def summarise(records, first):
-    """The records of one model and task -> its table row. first: {row: pass rate} of the first model, for the paired test."""
+    """The records of one model and task -> its table row, and {row: pass rate}. first: that of the first model, to compare with."""
     problems = {}
     for r in records:
         problems.setdefault(r["row"], []).append(r)
-    n, K, right = len(problems), len(records) // len(problems), [[r["correct"] for r in of] for of in problems.values()]
-    accuracy = mean(r["correct"] for r in records)
-    low, high = wilson(accuracy, n)
-    row = {"model": records[0]["model"], "task": records[0]["task"], "n": n, "samples": K, "accuracy": accuracy,
-           "accuracy_low": low, "accuracy_high": high, "accuracy_flexible": mean(r["correct_flexible"] for r in records),
-           "format": mean(r["format"] for r in records), "reward": mean(r["reward"] for r in records),
-           "pass_at_k": None, "maj_at_k": None, "completion_length": mean(r["n_tokens"] for r in records),
-           "truncated": mean(r["truncated"] for r in records), "by": {}}
+    K, rates = len(records) // len(problems), {i: mean(r["correct"] for r in of) for i, of in problems.items()}
+    row = table_row(records[0]["model"], records[0]["task"], len(problems), mean(rates.values()), samples=K,
+                    accuracy_flexible=mean(r["correct_flexible"] for r in records), reward=mean(r["reward"] for r in records),
+                    format=mean(r["format"] for r in records), completion_length=mean(r["n_tokens"] for r in records),
+                    truncated=mean(r["truncated"] for r in records))
     if K > 1:
-        row["pass_at"] = {str(k): mean(pass_at_k(K, round(sum(of)), k) for of in right)
+        row["pass_at"] = {k: mean(pass_at_k(K, round(rate * K), k) for rate in rates.values())
                           for k in sorted({K, *(2 ** i for i in range(K.bit_length()))})}
-        row["pass_at_k"] = row["pass_at"][str(K)]
+        row["pass_at_k"] = row["pass_at"][K]
         row["maj_at_k"] = mean(maj_at_k([r["answer"] for r in of], [r["correct"] for r in of]) for of in problems.values())
-    for kind in dict.fromkeys(kind for r in records for kind in r["by"]):
-        for value in sorted({r["by"][kind] for r in records if kind in r["by"]}):
-            of = [r for r in records if r["by"].get(kind) == value]
-            row["by"].setdefault(kind, {})[value] = {"n": len(of) // K, "accuracy": mean(r["correct"] for r in of)}
-    row["behaviour"] = {name: mean(r["behaviour"][name] for r in records) for name in BEHAVIOURS}
-    tried = [r["behaviour"] | {"truncated": r["truncated"]} for r in records if r["behaviour"].get("tries")]
-    if tried:
-        total = sum(b["tries"] for b in tried)
-        row["behaviour"] |= {"tries": total / len(records), "hits per try": sum(b["hits"] for b in tried) / total,
-                             "repeated tries": sum(b["repeated"] for b in tried) / total,
-                             "stops after a miss": mean(b["stops after a miss"] and not b["truncated"] for b in tried)}
-    rates = {i: mean(of) for i, of in zip(problems, right)}
+    for kind, value in sorted({pair for r in records for pair in r["by"].items()}):
+        of = [r for r in records if r["by"].get(kind) == value]
+        row["by"].setdefault(kind, {})[value] = {"n": len(of) // K, "accuracy": mean(r["correct"] for r in of)}
+    row["behaviour"] = shown = {name: mean(r["behaviour"][name] for r in records) for name in records[0]["behaviour"]}
+    if shown.get("tries"):
+        shown |= {name: shown[of] / shown["tries"] for name, of in (("hits per try", "hits"), ("repeated per try", "repeated"))}
     if first:
         better, worse = (sum(sign * (rates[i] - first[i]) > 0 for i in rates) for sign in (1, -1))
         row |= {"better": better, "worse": worse, "p": mcnemar(better, worse)}
     return row, rates
 
 
-# ---------------------------------------------------------------------------------------- lm-evaluation-harness
-
+# ---------------------------------------------------------------------------------------- lm-evaluation-harness, and all of it
 def harness_tasks(specs, folder):
-    """["gsm8k=data/gsm8k:8"] -> files in `folder`, each lm-eval's own task with these shots and, where named, local rows."""
+    """["gsm8k=data/gsm8k:8"] -> files in `folder`: lm-eval's own task with so many shots and, where named, local rows."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
         fail("--harness: lm-evaluation-harness is not installed; pip install lm-eval")
-    known, paths = TaskManager().task_index, []
-    for spec in specs:
-        match = re.fullmatch(r"([^=:]+)(?:=(.+))?:([0-9]+)", spec)
-        if not match or not getattr(known.get(match[1]), "yaml_path", None):
+    known = TaskManager().task_index
+    for i, spec in enumerate(specs):
+        name, path, shots = re.fullmatch(r"([^=:]*)=?(.*?):?([0-9]*)", spec).groups()
+        if not shots or not getattr(known.get(name), "yaml_path", None):
             fail(f"--harness {spec}: must be TASK[=FOLDER]:SHOTS, TASK one that `lm-eval ls tasks` lists")
-        task = {"include": str(known[match[1]].yaml_path), "task": match[1], "num_fewshot": int(match[3])}
-        if match[2]:
-            files = {path.stem: str(path.resolve()) for path in Path(match[2]).glob("*.jsonl")}
-            if "test" not in files:
-                fail(f"--harness {spec}: there is no {match[2]}/test.jsonl")
+        task = {"include": str(known[name].yaml_path), "task": name, "num_fewshot": int(shots)}
+        if path:
+            files = {file.stem: str(file.resolve()) for file in Path(path).glob("*.jsonl")}
+            "test" in files or fail(f"--harness {spec}: there is no {path}/test.jsonl")
             task |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
-        paths.append(Path(folder, f"{match[1]}.yaml"))
-        paths[-1].write_text(json.dumps(task))                 # JSON is YAML
-    return list(map(str, paths))
+        Path(folder, f"{i}.yaml").write_text(json.dumps(task))                 # JSON is YAML
 
 
-def run_harness(model, checkpoint, paths, args):
+def run_harness(model, checkpoint, folder, args):
     """-> table rows with lm-eval's own figures: its prompts (as chat turns), its reading of the answers. Its first figure stands
     as strict, its second, if it has one, as flexible (gsm8k: flexible-extract; arc: acc_norm)."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     lm = HFLM(pretrained=model, tokenizer=checkpoint["tokenizer"], batch_size=min(16, args.batch_size))
-    out = lm_eval.simple_evaluate(lm, tasks=paths, limit=args.limit or None, apply_chat_template=True, bootstrap_iters=0,
-                                  gen_kwargs={"max_gen_toks": args.max_new_tokens})
-    rows = []
-    for task, found in out["results"].items():
-        figures = {name: value for name, value in found.items() if "," in name and "_stderr" not in name}
-        n, (strict, flexible) = out["n-samples"][task]["effective"], [*figures.values(), None][:2]
-        low, high = wilson(strict, n)
-        rows.append(dict.fromkeys(FIELDS) | {"model": checkpoint["name"], "task": f"lm-eval {task}:{out['n-shot'][task]}", "n": n,
-                    "accuracy": strict, "accuracy_low": low, "accuracy_high": high, "accuracy_flexible": flexible,
-                    "samples": 1, "by": {}, "behaviour": {}, "figures": figures})
-    return rows
+    out = lm_eval.simple_evaluate(lm, tasks=sorted(map(str, Path(folder).iterdir())), limit=args.limit or None, bootstrap_iters=0,
+                                  apply_chat_template=True, gen_kwargs={"max_gen_toks": args.max_new_tokens})
+    results = {task: {name: value for name, value in found.items() if "," in name and "_stderr" not in name}
+               for task, found in out["results"].items()}
+    return [table_row(checkpoint["name"], f"lm-eval {task}:{out['n-shot'][task]}", out["n-samples"][task]["effective"],
+                      [*figures.values()][0], accuracy_flexible=[*figures.values(), None][1], figures=figures)
+            for task, figures in results.items()]
 
 
-# ---------------------------------------------------------------------------------------- 5. tables and files
-
-def show(table):
-    """Lines of cells, the head first -> text in columns: names to the left, figures to the right."""
-    text = [["" if c is None else f"{100 * c:.1f} %" if isinstance(c, float) else str(c) for c in line] for line in table]
-    widths = [max(map(len, column)) for column in zip(*text)]
-    return "\n".join("  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip()
-                     for line in text)
-
-
-def tables(summary):
-    """One row for each model and task; then a table for each breakdown and for the behaviours, a column for each model."""
-    K, paired = max(row["samples"] for row in summary), any("p" in row for row in summary)
-    table = [["model", "task", "n", "strict", "95 % interval", "flexible", "format"] + [f"pass@{K}", f"maj@{K}"] * (K > 1)
-             + ["tokens", "cut off"] + ["better", "worse", "p"] * paired]
-    for row in summary:
-        table.append([row["model"], row["task"], row["n"], row["accuracy"],
-                      f"{100 * row['accuracy_low']:.1f} - {100 * row['accuracy_high']:.1f}", row["accuracy_flexible"], row["format"],
-                      *[row["pass_at_k"], row["maj_at_k"]] * (K > 1), round(row["completion_length"] or 0) or None, row["truncated"],
-                      *[row.get("better"), row.get("worse"), f"{row['p']:.2g}" if "p" in row else None] * paired])
-    yield table
-    for task in dict.fromkeys(row["task"] for row in summary):
-        rows = [row for row in summary if row["task"] == task]
-        head = [row["model"] for row in rows]
-        for kind, values in rows[0]["by"].items():
-            yield [[task, kind, "n", *head]] + [["", value, cell["n"], *(row["by"][kind][value]["accuracy"] for row in rows)]
-                                                for value, cell in values.items()]
-        names = dict.fromkeys(name for row in rows for name in row["behaviour"])
-        yield [[task, "reasoning", *head]] + [["", name, *(row["behaviour"].get(name) for row in rows)] for name in names]
-
-
-def write_files(args, rows, records, summary, others):
-    """In the order of models and rows: the same bytes for any batch size and number of processes."""
-    stem = args.output.removesuffix(".json")
-    Path(args.output).write_text(json.dumps(summary + others, indent=1, ensure_ascii=False))
-    files = {f"{stem}.samples.jsonl": records}
-    if args.samples > 1:
-        for row in summary:
-            rates = {}
-            for r in records:
-                if (r["model"], r["task"]) == (row["model"], row["task"]):
-                    rates.setdefault(r["row"], []).append(r["correct"])
-            name = [re.sub(r"\W+", "-", row["model"]).strip("-")] * (len(args.model) > 1)
-            name += [row["task"]] * (len(args.model) < len(summary))
-            files[".".join([stem, *name, "pass_rates.jsonl"])] = [{**rows[i], "pass_rate": mean(of)} for i, of in rates.items()]
-    for path, lines in files.items():
+def write_files(args, rows, records, summary, rates):
+    stem, files = args.output.removesuffix(".json"), {}
+    for (model, task), rate in rates.items() if args.samples > 1 else ():
+        name = [re.sub(r"\W+", "-", model).strip("-")] * (len(args.model) > 1) + [task] * (len(rates) > len(args.model))
+        files[".".join([stem, *name, "pass_rates.jsonl"])] = [{**rows[i], "pass_rate": rate[i]} for i in rate]
+    for path, lines in {f"{stem}.samples.jsonl": records, **files}.items():
         with open(path, "w") as f:
             f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    return [args.output, *files]
+    Path(args.output).write_text(json.dumps(summary, indent=1, ensure_ascii=False))
+    return [args.output, f"{stem}.samples.jsonl", *files]
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if {"--curves", "--report"} & set(argv):                    # pictures and pages need no model: report.py makes them
-        raise SystemExit(subprocess.call([sys.executable, str(Path(__file__).with_name("report.py")), *argv]))
+    if {"--curves", "--report"} & set(argv):
+        raise SystemExit(report(*argv))
     args = parse(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -535,14 +463,14 @@ def main(argv=None):
         fail(f"--output {args.output}: cannot be written ({e.strerror})")
     records, others = [], []
     with file, tempfile.TemporaryDirectory() as folder:
-        harness = harness_tasks(args.harness, folder) if args.harness and rank == 0 else []
+        args.harness and harness_tasks(args.harness, folder)
         if world > 1:
             torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))     # one may have far more to do
         try:
             for checkpoint in checkpoints:
                 model = load_model(checkpoint, args, device)
                 records += evaluate(model, checkpoint, rows, args, file, rank, world)                              # 2, 3
-                others += run_harness(model, checkpoint, harness, args) if harness else []
+                others += run_harness(model, checkpoint, folder, args) if args.harness and not rank else []
                 del model
         except KeyboardInterrupt:
             print(f"\neval.py: interrupted; the completions so far are in {so_far}", file=sys.stderr)
@@ -554,15 +482,17 @@ def main(argv=None):
         records = [r for share in shares for r in share]
         if rank:
             return os.remove(so_far)
+    # in the order of models and rows: the same bytes for any batch size and number of processes
     records.sort(key=lambda r: (args.model.index(r["model"]), r["row"], r["sample"]))
-    summary, first = [], {}
+    summary, rates = [], {}
     for model in args.model:                                                                                       # 4
         for task in dict.fromkeys(row["task"] for row in rows):
-            row, rates = summarise([r for r in records if r["model"] == model and r["task"] == task], first.get(task))
+            row, rates[model, task] = summarise([r for r in records if (r["model"], r["task"]) == (model, task)],
+                                                rates.get((args.model[0], task)))
             summary.append(row)
-            first.setdefault(task, rates)
-    print(*("\n" + show(table) for table in tables(summary + others)), sep="\n")                                   # 5
-    print("\nwritten:", *write_files(args, rows, records, summary, others))
+    files = write_files(args, rows, records, summary + others, rates)                                              # 5
+    report("--table", args.output)
+    print("\nwritten:", *files)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Pictures and pages of what sft.py, grpo.py and eval.py have written. Loads no model; `eval.py --curves` and `--report` call it.
+"""Tables, pictures and pages of what sft.py, grpo.py and eval.py have written. Loads no model; eval.py calls it.
 
+--table: what eval.py prints: a row for each model and task, then breakdowns and behaviours with a column for each model.
 --curves: small multiples, a panel for each metric of the runs' metrics.jsonl and a colour for each run. The faint line is every
     step, the strong one a running mean over 4 % of the run, points are held-out rows.
 --report: one self-contained HTML page:
@@ -18,6 +19,7 @@ import base64
 import html
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -54,6 +56,44 @@ def read_metrics(run):
     if any("token_accuracy" in m for m in metrics):
         return metrics
     return [{k: v for k, v in m.items() if k != "loss"} for m in metrics]   # the loss of a policy gradient says nothing
+
+
+# ---------------------------------------------------------------- tables
+
+def tables(summary):
+    """eval.py's rows -> lists of lines of cells, the head first, shares as floats: the main one, then for each task one for each
+    breakdown and one for the behaviours."""
+    K, paired = max(row["samples"] for row in summary), any("p" in row for row in summary)
+    table = [["model", "task", "n", "strict", "95 % interval", "flexible", "format", *[f"pass@{K}", f"maj@{K}"] * (K > 1),
+              "tokens", "cut off", *["better", "worse", "p"] * paired]]
+    for row in summary:
+        table.append([row["model"], row["task"], row["n"], row["accuracy"],
+                      f"{100 * row['accuracy_low']:.1f} - {100 * row['accuracy_high']:.1f}", row["accuracy_flexible"], row["format"],
+                      *[row["pass_at_k"], row["maj_at_k"]] * (K > 1), round(row["completion_length"] or 0) or None, row["truncated"],
+                      *[row.get("better"), row.get("worse"), f"{row['p']:.2g}" if "p" in row else None] * paired])
+    yield table
+    for task in dict.fromkeys(row["task"] for row in summary):
+        rows = [row for row in summary if row["task"] == task]
+        models = [row["model"] for row in rows]
+        for kind, values in rows[0]["by"].items():
+            yield [[task, "by " + kind, "n", *models]] + [
+                ["", value, cell["n"], *(row["by"].get(kind, {}).get(value, {}).get("accuracy") for row in rows)]
+                for value, cell in values.items()]
+        if names := {name: None for row in rows for name in row["behaviour"]}:
+            yield [[task, "in the reasoning", *models]] + [
+                ["", name, *(f"{row['behaviour'].get(name, math.nan):.2f}" for row in rows)] for name in names]
+
+
+def written(cell):
+    return "" if cell is None else f"{100 * cell:.1f} %" if isinstance(cell, float) else str(cell)
+
+
+def show(table):
+    """-> text in columns: names to the left, figures to the right."""
+    text = [[written(cell) for cell in line] for line in table]
+    widths = [max(map(len, column)) for column in zip(*text)]
+    return "\n".join("  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip()
+                     for line in text)
 
 
 # ---------------------------------------------------------------- curves
@@ -163,44 +203,18 @@ pre { margin: 0; padding: .5rem .9rem .8rem; white-space: pre-wrap; overflow-wra
 """
 
 
-def percent(share):
-    return "" if share is None else f"{100 * share:.1f} %"
-
-
-def html_table(head, lines):
-    """Cells are HTML already; the first two columns are names."""
-    def row(cells, tag):
-        return "<tr>" + "".join(f'<{tag}{" class=name" if i < 2 else ""}>{c}</{tag}>' for i, c in enumerate(cells)) + "</tr>"
-    return f'<div class=scroll><table>{row(head, "th")}{"".join(row(line, "td") for line in lines)}</table></div>'
-
-
-def result_tables(summary):
-    K = max(row.get("samples", 1) for row in summary)
-    head = ["model", "task", "n", "strict", "95 %", "flexible", "format", *[f"pass@{K}", f"maj@{K}"] * (K > 1), "tokens", "cut off",
-            "better : worse", "p"]
-    lines = []
-    for row in summary:
-        low, high, at = (100 * row[k] for k in ("accuracy_low", "accuracy_high", "accuracy"))
-        bar = (f'<span class=bar><i style="width:{at:.1f}%"></i><b style="left:{low:.1f}%;width:{high - low:.1f}%"></b></span>')
-        lines.append([html.escape(row["model"]), row["task"], row["n"], percent(row["accuracy"]) + bar, f"{low:.1f} – {high:.1f}",
-                      percent(row["accuracy_flexible"]), percent(row["format"]),
-                      *[percent(row["pass_at_k"]), percent(row["maj_at_k"])] * (K > 1),
-                      "" if row["completion_length"] is None else f"{row['completion_length']:.0f}", percent(row["truncated"]),
-                      *([f"{row['better']} : {row['worse']}", f"{row['p']:.2g}"] if "p" in row else ["", ""])])
-    page = html_table(head, lines)
-    for task in dict.fromkeys(row["task"] for row in summary):
-        rows = [row for row in summary if row["task"] == task]
-        models = [html.escape(row["model"]) for row in rows]
-        for kind, values in rows[0]["by"].items():
-            lines = [[html.escape(v), cell["n"], *(percent(row["by"].get(kind, {}).get(v, {}).get("accuracy")) for row in rows)]
-                     for v, cell in values.items()]
-            page += f"<details open><summary>{task} by {kind}</summary>{html_table([kind, 'n', *models], lines)}</details>"
-        names = dict.fromkeys(name for row in rows for name in row.get("behaviour", {}))
-        if names:
-            cells = [[name, "", *("" if (v := row.get("behaviour", {}).get(name)) is None else f"{v:.2f}" for row in rows)]
-                     for name in names]
-            page += f"<details open><summary>{task}: behaviours in the reasoning</summary>{html_table(['', '', *models], cells)}</details>"
-    return page
+def html_table(table, rows=()):
+    """rows: those of the evaluation that the lines of its main table show; their accuracy gets a bar with its interval."""
+    def cell(i, c, tag="td", more=""):
+        return f'<{tag}{" class=name" if i < 2 else ""}>{html.escape(written(c))}{more}</{tag}>'
+    lines = ["".join(cell(i, c, "th") for i, c in enumerate(table[0]))]
+    for k, line in enumerate(table[1:]):
+        bar = ""
+        if rows:
+            low, high, at = (100 * rows[k][name] for name in ("accuracy_low", "accuracy_high", "accuracy"))
+            bar = f'<span class=bar><i style="width:{at:.1f}%"></i><b style="left:{low:.1f}%;width:{high - low:.1f}%"></b></span>'
+        lines.append("".join(cell(i, c, more=bar if i == 3 else "") for i, c in enumerate(line)))
+    return f'<div class=scroll><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
 
 
 def one(r):
@@ -227,7 +241,10 @@ def page(runs, results):
         records = list(read_lines(samples)) if os.path.exists(samples) else []
         out.append("<h2>Held-out accuracy</h2><p>Black: 95 % interval. Better and worse: problems solved more or less often than by "
                    "the first model; p: McNemar's exact test of that split, above 0.05 it may well be chance.</p>")
-        out.append(result_tables(json.loads(Path(results).read_text())))
+        summary = json.loads(Path(results).read_text())
+        main_table, *others = tables(summary)
+        out.append(html_table(main_table, summary))
+        out += [f"<details open><summary>{' '.join(table[0][:2])}</summary>{html_table(table)}</details>" for table in others]
     picture = io.BytesIO()                                                                                           # 2
     draw(runs).savefig(picture, format="svg", facecolor="white")
     out.append("<h2>Training</h2><p>Faint: every step. Strong: running mean. Points: held-out rows.</p>"
@@ -259,13 +276,16 @@ def page(runs, results):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--table", metavar="FILE", help="print the tables of an evaluation, the FILE that eval.py wrote")
     p.add_argument("--curves", nargs="+", metavar="RUN", help="draw the training curves of these runs (their --output_dir)")
     p.add_argument("--report", nargs="+", metavar="RUN", help="write a page on these runs")
     p.add_argument("--results", metavar="FILE", help="evaluation that the page shows; None: runs/eval.json, if it is there")
     p.add_argument("--output", metavar="FILE", help="None: runs/curves.png or runs/report.html")
     args = p.parse_args(argv)
-    if bool(args.curves) == bool(args.report):
-        p.error("--curves RUN ... or --report RUN ...")
+    if [args.table, args.curves, args.report].count(None) != 2:
+        p.error("one of --table FILE, --curves RUN ..., --report RUN ...")
+    if args.table:
+        return print(*("\n" + show(table) for table in tables(json.loads(Path(args.table).read_text()))), sep="\n")
     output = Path(args.output or ("runs/curves.png" if args.curves else "runs/report.html"))
     if args.results and not os.path.exists(args.results):
         fail(f"--results {args.results}: no such file; make it with eval.py --model ... --output {args.results}")

@@ -207,7 +207,7 @@ FIELDS = {"model", "task", "n", "accuracy", "accuracy_low", "accuracy_high", "ac
           "maj_at_k", "completion_length", "truncated", "by"}
 
 
-def test_figures_of_known_completions_come_out_as_known(folder, tmp_path, monkeypatch, capsys):
+def test_figures_of_known_completions_come_out_as_known(folder, tmp_path, monkeypatch, capfd):
     def reply(prompt, sample):
         if "3, 5, 8" in prompt:
             return say("5+3=8 8*8=64 ok", "(5+3)*8")
@@ -233,7 +233,7 @@ def test_figures_of_known_completions_come_out_as_known(folder, tmp_path, monkey
     rates = rewards.load_rows(f"countdown={tmp_path}/e.pass_rates.jsonl", "train")
     assert [r["pass_rate"] for r in rates] == [1.0, 1.0, 0.5, 0.0]
     assert [r["nums"] for r in rates] == [[3, 5, 8], [1, 2, 3, 4], [7, 7, 2], [9, 4, 6]]
-    assert "62.5 %" in capsys.readouterr().out
+    assert "62.5 %" in capfd.readouterr().out
 
 
 def test_breakdown_adds_up_to_the_whole(folder, tmp_path, monkeypatch):
@@ -250,7 +250,7 @@ def test_breakdown_adds_up_to_the_whole(folder, tmp_path, monkeypatch):
             assert sum(c["n"] * c["accuracy"] for c in cells.values()) == pytest.approx(row["accuracy"] * row["n"])
 
 
-def test_several_models_stand_side_by_side_and_are_compared_on_the_same_problems(folder, tmp_path, monkeypatch, capsys):
+def test_several_models_stand_side_by_side_and_are_compared_on_the_same_problems(folder, tmp_path, monkeypatch, capfd):
     models = []
     monkeypatch.setattr(ev, "load_model", lambda checkpoint, *a: models.append(checkpoint["name"]) or toy_model())
     speak(monkeypatch, folder, lambda prompt, s: say("x", "(5+3)*8" if len(models) == 2 else "1*2*3*4"))
@@ -259,7 +259,7 @@ def test_several_models_stand_side_by_side_and_are_compared_on_the_same_problems
     first, second = json.loads((tmp_path / "e.json").read_text())
     assert (first["accuracy"], second["accuracy"]) == (0.25, 0.25)
     assert "p" not in first and (second["better"], second["worse"], second["p"]) == (1, 1, 1.0)
-    assert re.search(r"/b +countdown .* 1 +1 +1$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"/b +countdown .* 1 +1 +1$", capfd.readouterr().out, re.MULTILINE)
 
 
 def test_a_toy_checkpoint_is_evaluated_end_to_end_and_batches_change_nothing(folder, tmp_path):
@@ -363,7 +363,7 @@ def test_wrong_input_gets_one_line_and_exit_code_2_before_any_model_loads(folder
              ({"--data": [f"gsm8k={folder}/countdown"]}, "question"),
              ({"--output": [str(tmp_path / "file" / "e.json")]}, "--output"), ({"--output": ["e.txt"]}, ".json"),
              ({"--style": ["rhyme"]}, "rhyme"), ({"--forbid_after": ["a"]}, "--forbid_after"),
-             ({"--forbid_after": ["ab", "c"]}, "2 tokens"), ({"--speed": ["1"]}, "--speed")]
+             ({"--forbid_after": ["ab", "c"]}, "[2, 1] tokens"), ({"--speed": ["1"]}, "--speed")]
     for change, said in cases:
         argv = [a for flag, values in {**good, **change}.items() if values for a in (flag, *values)]
         with pytest.raises(SystemExit) as e:
