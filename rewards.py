@@ -1,6 +1,6 @@
 """What a task asks and how an answer is scored. Imports neither torch nor transformers.
 
-A completion (`text`: special tokens stripped) has one of two styles, named after the tag of its reasoning:
+A completion (`text`, special tokens stripped) has one of two styles, named after the tag of its reasoning:
     reasoning: <reasoning>...</reasoning><answer>...</answer>      think: <think>...</think><answer>...</answer>
 
 Which answer counts
@@ -17,8 +17,8 @@ Parts of a score, before their weights
     length      -1 to 0    0 up to 500 tokens, falling linearly to -1 at 800; 0 where n_tokens is not given
     process      0 to 1    share of the distinct equations in the reasoning that hold; 0 where there is none
     efficiency   0 to 1    countdown, when correct: length of the shortest way to write that expression / length as written
-    reward                 their weighted sum. Where correct weighs at least as much as all the others together, no wrong
-                           answer scores above a right one.
+    reward                 their weighted sum. Where correct weighs at least as much as all others together, no wrong answer
+                           scores above a right one.
 
 Nothing that a model can write raises, hangs, executes or grows memory; what cannot be scored is 0.
 A new task is one function, `grade(said, row) -> bool`, and one row of TASKS.
@@ -27,11 +27,16 @@ import ast
 import json
 import math
 import operator
+import os
 import re
 from fractions import Fraction
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+
+import mathematics
+import sandbox
 
 STYLES = ("reasoning", "think")
 WEIGHTS = {"correct": 1.0, "format": 0.5, "length": 0.1, "process": 0.0, "efficiency": 0.0}
@@ -210,8 +215,44 @@ def gsm8k(said, row):
 
 # ---------------------------------------------------------------------------------------------- math, arc, code
 
-def not_yet(said, row):
-    raise NotImplementedError(f"the {row.get('task', 'math, arc and code')} grader is not there yet")
+def math_gold(row):
+    return row["answer"] if isinstance(row.get("answer"), str) else last_box(str(row.get("solution")))
+
+
+def math_(said, row):
+    """Equal to the gold as mathematics.
+
+    - normalised LaTeX first, then math-verify in a worker process that is killed after 2 s: see mathematics.py
+    - where the gold is one value, a list or set of guesses, `18 or 20`, two boxes, or a false equation is wrong; `x=5` is 5
+    - a numeric answer must be exact, not rounded; it may be written in all the ways of gsm8k's
+    """
+    gold, value = math_gold(row), number(said)
+    return value is not None and value == number(gold) or mathematics.equal(gold, said)
+
+
+def bare(text):
+    """A label or a choice's text without bold, box, case, final full stop and extra white space."""
+    return " ".join(re.sub(r"\\boxed\{|\\text\{|[*${}]", "", text).casefold().split()).rstrip(". ")
+
+
+def arc(said, row):
+    """Exactly one of the row's labels (`B`, `(B)`, `B.`, `B) its text`), or exactly one choice's text."""
+    if len(said) > 2000:
+        return False
+    choices = dict(zip(row["choices"]["label"], row["choices"]["text"]))
+    label = re.fullmatch(rf"\(?({'|'.join(map(re.escape, choices))})\)?[.:)]?(?:\s+(.*))?", re.sub(r"^(?:\*\*|\$|\\boxed\{|\\text\{)+|[*$}]+$", "", said), re.S)
+    if label and (not label[2] or bare(label[2]) == bare(choices[label[1]])):
+        return label[1] == row["answerKey"]
+    return [name for name, text in choices.items() if bare(text) == bare(said)] == [row["answerKey"]]
+
+
+FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)^[ \t]*```", re.S | re.M)
+
+
+def code(said, row):
+    """The last fenced block of the answer (of the tail, if there is no answer tag), or the bare answer, passes every test: see sandbox.py."""
+    program = (FENCED.findall(said[-200_000:]) or [said])[-1]
+    return sandbox.passes(program, row["test_list"], row.get("test_setup_code") or "")
 
 
 # ---------------------------------------------------------------------------------------------- the other parts
@@ -285,7 +326,9 @@ def efficiency_part(said, row):
 
 def grade(task, text, row, style, strict):
     """(1.0 or 0.0, the answer that it is for)."""
-    said = answer(text, style, strict, TASKS[task].get("labels", lambda row: None)(row))
+    said = answer(text, style, strict or task == "code", row["choices"]["label"] if task == "arc" else None)
+    if task == "code" and said is None and FENCED.search(rest := tail(text, style) or ""):
+        said = rest
     return float(bool(said) and TASKS[task]["grade"](said, row)), said
 
 
@@ -294,16 +337,15 @@ def correct(task, text, row, style="reasoning", strict=True):
     return grade(task, text, row, style, strict)[0]
 
 
-def score(task, text, row, style="reasoning", weights=None, n_tokens=None, length=LENGTH):
+def score(task, text, row, style="reasoning", weights=None, n_tokens=None, length=LENGTH, strict=True):
     """Every part by name, and their weighted sum "reward". Parts that `weights` does not name weigh nothing."""
-    right, said = grade(task, text, row, style, True)
-    is_countdown = task == "countdown"
+    right, said = grade(task, text, row, style, strict)
     parts = {
         "correct": right,
         "format": format_part(text, style),
         "length": length_part(n_tokens, length),
-        "process": process_part(text, style, row["nums"] if is_countdown else None),
-        "efficiency": efficiency_part(said, row) if right and is_countdown else 0.0,
+        "process": process_part(text, style, row["nums"] if task == "countdown" else None),
+        "efficiency": efficiency_part(said, row) if right and task == "countdown" else 0.0,
     }
     weights = WEIGHTS if weights is None else weights
     # summed exactly and rounded, so that rounding cannot put a wrong answer above a right one
@@ -311,10 +353,21 @@ def score(task, text, row, style="reasoning", weights=None, n_tokens=None, lengt
     return parts
 
 
-def score_batch(tasks, texts, rows, style="reasoning", weights=None, n_tokens=None, length=LENGTH):
-    """score() for many, in their order."""
-    n_tokens = n_tokens or [None] * len(texts)
-    return [score(task, text, row, style, weights, n, length) for task, text, row, n in zip(tasks, texts, rows, n_tokens, strict=True)]
+def score_batch(tasks, texts, rows, style="reasoning", weights=None, n_tokens=None, length=LENGTH, strict=True):
+    """score() for many, in their order; code and math, which wait for other processes, on all cores."""
+    n_tokens = [None] * len(texts) if n_tokens is None else n_tokens
+    items = list(zip(tasks, texts, rows, n_tokens, strict=True))
+
+    def one(item):
+        return score(*item[:3], style, weights, item[3], length, strict)
+    slow = [i for i, item in enumerate(items) if TASKS[item[0]].get("slow")]
+    if len(slow) < 2:
+        return [one(item) for item in items]
+    from concurrent.futures import ThreadPoolExecutor
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # shared with torchrun's other processes
+    with ThreadPoolExecutor(max(1, min(cores, len(slow)))) as threads:
+        waiting = {i: threads.submit(one, items[i]) for i in slow}
+        return [waiting[i].result() if i in waiting else one(item) for i, item in enumerate(items)]
 
 
 # ---------------------------------------------------------------------------------------------- what a task asks
@@ -356,22 +409,22 @@ TASKS = {
         "gold": gsm8k_gold, "needs": "'answer' must end in one number, as in '#### 72'",
     },
     "math": {
-        "columns": {"problem": str}, "data": "HuggingFaceH4/MATH-500", "grade": not_yet,
+        "columns": {"problem": str}, "data": "HuggingFaceH4/MATH-500", "grade": math_, "slow": True,
         "instruction": "You solve mathematics problems. The answer is the final result alone, in LaTeX, simplified and exact.",
         "ask": lambda row: row["problem"],
-        "gold": lambda row: row["answer"] if isinstance(row.get("answer"), str) else last_box(str(row.get("solution"))),
+        "gold": math_gold,
         "needs": "needs a column 'answer', or a 'solution' with a \\boxed{}",
     },
     "arc": {
         "columns": {"question": str, "choices": {"text": [str], "label": [str]}, "answerKey": str}, "data": "allenai/ai2_arc ARC-Challenge",
-        "grade": not_yet,
+        "grade": arc,
         "instruction": "You answer multiple-choice science questions. The answer is the label of the right choice alone.",
-        "ask": arc_question, "labels": lambda row: row["choices"]["label"],
+        "ask": arc_question,
         "gold": lambda row: row["answerKey"] in row["choices"]["label"] and len(row["choices"]["label"]) == len(row["choices"]["text"]) or None,
         "needs": "'answerKey' must be one of the labels, with as many labels as texts in 'choices'",
     },
     "code": {
-        "columns": {"text": str, "test_list": [str], "test_setup_code": str}, "data": "google-research-datasets/mbpp", "grade": not_yet,
+        "columns": {"text": str, "test_list": [str], "test_setup_code": str}, "data": "google-research-datasets/mbpp", "grade": code, "slow": True,
         "instruction": "You write Python programs. The answer is the whole program in one fenced block (```python), with its imports, without "
                        "tests or examples of use.",
         "ask": code_question,

@@ -11,13 +11,10 @@ import pytest
 import rewards
 
 CASES = [json.loads(line) for file in sorted(Path(__file__).parent.glob("reward_cases*.jsonl")) for line in file.read_text().splitlines()]
-READY = {"countdown", "gsm8k"}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
 def test_case_gets_the_score_it_must(case):
-    if case["task"] not in READY:
-        pytest.skip("grader not there yet")
     task, text, row, style, want = case["task"], case["text"], case["row"], case["style"], dict(case["want"])
     for mark, (unit, n) in case.get("expand", {}).items():
         text = text.replace(mark, unit * n)

@@ -1,0 +1,291 @@
+"""Whether an answer in LaTeX equals another as mathematics: equal(gold, said).
+
+1. Both are brought to one spelling (tidy): fractions, degrees, units, \\text{}, spaces, \\left \\right, thousands separators, boxes.
+2. Both are taken apart (shape): a set or list, a tuple or interval by its brackets, a matrix, a union, or a single value. Shapes must
+   agree, so that a list of guesses never equals one value; sets and lists are compared in any order, the others in theirs.
+3. Single values are equal if they are spelled the same, or are the same rational number, exactly, or the same words; everything else is
+   for math-verify, in a worker process. `x = 5` is 5; a chain `3*6 = 18` is 18 where each of its sides is. Decimals are turned into
+   fractions first: nothing is ever rounded.
+4. A worker that takes 2 s is killed and replaced. Text that would only keep it busy (long, deeply nested, towers of powers, factorials of
+   large numbers, sums and integrals left to the grader) is not sent to it, unless the gold is of that kind.
+"""
+import atexit
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+from fractions import Fraction
+from functools import lru_cache
+
+SECONDS = 2  # that one comparison may take
+LONGEST = 500  # characters of an answer
+WORK = "import sys; sys.path.append(sys.argv.pop()); import mathematics; mathematics.work()"
+
+# ---------------------------------------------------------------------------------------------- one spelling
+
+SPELLINGS = {"\u2212": "-", "\u00d7": "\\cdot ", "\u00b7": "\\cdot ", "\u00f7": "/", "\u00b0": "^\\circ", "\u03c0": "\\pi ", "\u221e": "\\infty ", "\u2264": "\\le ",
+             "\u2265": "\\ge ", "\u222a": "\\cup ", "\u2208": "\\in ", "\u00b1": "\\pm ", "\u221a": "\\sqrt ", "\\dfrac": "\\frac", "\\tfrac": "\\frac",
+             "\\cfrac": "\\frac", "\\leqslant": "\\le", "\\leq": "\\le", "\\geqslant": "\\ge", "\\geq": "\\ge", "\\times": "\\cdot",
+             "\\mbox": "\\text", "\\textbf": "\\text", "\\textrm": "\\text", "\\mathrm": "\\text", "\\mathbf": "\\text", "\\degree": "^\\circ",
+             "\\lbrace": "\\{", "\\rbrace": "\\}", "\\div": "/", "{,}": ",", "\\bmatrix": "\\pmatrix", "{bmatrix}": "{pmatrix}"}
+SPELLING = re.compile("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isalpha() and old[0] == "\\" else "") for old in SPELLINGS))
+
+
+def tidy(text):
+    text = SPELLING.sub(lambda match: SPELLINGS[match[0]], text)
+    text = re.sub(r"\\!\s*|\\(?:left|right|displaystyle|limits)(?![a-zA-Z])\.?|\*\*", "", text)
+    text = re.sub(r"(?<!\\)\\[,;: ()\[\]$]|\\quad|~|\$", " ", text)  # spaces, the ends of formulas, dollars
+    first, *others = re.split(r"\\(?:boxed|fbox)\s*(?=\{)", text)
+    text = (first + ", ".join(others)).strip().rstrip(".,")  # two boxes are a list
+    if (inside := enclosed(text)) and inside[0] == "{":
+        text = inside[1].strip()
+    text = re.sub(r"\\text\s*\{\s*,?\s*(?:or|and)\s*\}|(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])|;", ",", text)
+    text = re.sub(r"\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|\\?%", " ", text)  # degrees, percent
+    text = re.sub(r"(?<=[^\s,=])\s*\\text\s*\{[^{}]*\}(?:\s*\^\s*\{?[0-9]\}?)?(?=\s*(?:,|$))", " ", text)  # units
+    text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"\\(frac|sqrt)\s*([0-9a-zA-Z])", r"\\\1{\2}", text)
+    text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}", text)
+    text = re.sub(r"(?<![\\a-zA-Z])(sqrt|pi|sin|cos|tan|log|ln)(?![a-zA-Z])", r"\\\1", text)
+    text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(r"(?<![0-9a-zA-Z])\s+|\s+(?![0-9a-zA-Z])", "", text)  # `1 2` is not 12, `\pi r` not `\pir`
+    if not re.search(r"[(\[{]", text):
+        text = re.sub(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])", lambda match: match[0].replace(",", ""), text)
+    text = re.sub(r"_\{([0-9a-zA-Z])\}", r"_\1", text)
+    return re.sub(r"^\+|[.,]+$", "", text).strip()
+
+
+# ---------------------------------------------------------------------------------------------- shape
+
+NAME = re.compile(r"([a-zA-Z](?:_\w)?(?:\([a-zA-Z]\))?|\([a-zA-Z](?:,[a-zA-Z])+\))(?:=|\\in(?![a-z]))")
+
+
+def split(text, at=","):
+    """The parts between the separators that stand outside of all brackets."""
+    parts, depth, start = [], 0, 0
+    for match in re.finditer(r"[(\[{]|[)\]}]|" + re.escape(at), text):
+        if match[0] == at:
+            if depth == 0:
+                parts.append(text[start:match.start()])
+                start = match.end()
+        else:
+            depth += 1 if match[0] in "([{" else -1
+    return [part for part in (part.strip() for part in [*parts, text[start:]]) if part]
+
+
+def enclosed(text):
+    """(opening bracket, what is inside, closing bracket), where one pair of brackets holds all of the text; else None."""
+    match = re.fullmatch(r"(\\\{|[(\[{])(.*?)(\\\}|[)\]}])", text, re.S)
+    depth = 0
+    for i, c in enumerate(text):
+        depth += (c in "([{") - (c in ")]}")
+        if depth == 0 and i > 1 - (not match) and i < len(text) - 1:
+            return None
+    return match and match.groups()
+
+
+def shape(text):
+    """A tidy text -> (kind, its items, each tidy)."""
+    if match := re.fullmatch(r"\\begin\{(p?matrix)\}(.*)\\end\{\1\}", text, re.S):
+        rows = [[cell.strip() for cell in row.split("&")] for row in re.split(r"\\\\", match[2]) if row.strip()]
+        return f"matrix of {[len(row) for row in rows]}", [cell for row in rows for cell in row]
+    if len(parts := split(text, "\\cup")) > 1:
+        return "union", parts
+    if len(parts := split(text)) > 1:
+        return "set", [item for part in parts for item in both_signs(part)]
+    if match := NAME.match(text):
+        kind, items = shape(text[match.end():])
+        if kind != "value":
+            return kind, items
+    if found := enclosed(text):
+        opening, inside, closing = found
+        if opening == "{" or opening == "(" and closing == ")" and len(split(inside)) == 1:
+            return shape(inside)
+        if opening == "\\{" or len(split(inside)) > 1:
+            return ("set", [item for part in split(inside) for item in both_signs(part)]) if opening == "\\{" else (opening + closing, split(inside))
+    return ("value", [text]) if len(items := both_signs(text)) == 1 else ("set", items)
+
+
+def both_signs(text):
+    return [text.replace("\\pm", sign, 1).lstrip("+") for sign in "+-"] if text.count("\\pm") == 1 else [text]
+
+
+def equal(gold, said):
+    """True where `said` is equal to `gold` as mathematics."""
+    if len(said) > max(LONGEST, 2 * len(gold)):
+        return False
+    percent = ("%" in gold, "%" in said)
+    gold, said = tidy(gold), tidy(said)
+    return gold == said != "" or same(gold, said, percent)
+
+
+def same(gold, said, percent=(False, False)):
+    (kind, golds), (said_kind, saids) = shape(gold), shape(said)
+    if kind != said_kind or len(golds) != len(saids):
+        return related(gold) and related(said) and verified(gold, said)
+    if kind == "value":
+        return same_value(golds[0], saids[0], percent)
+    if kind not in ("set", "union"):
+        return all(map(same, golds, saids))
+    for item in golds:  # any order: each gold takes one that is equal to it
+        found = next((other for other in saids if same(item, other)), None)
+        if found is None:
+            return False
+        saids.remove(found)
+    return True
+
+
+# ---------------------------------------------------------------------------------------------- single values
+
+def rational(text):
+    """`-3`, `.5`, `3/4`, `-\\frac{3}{4}`, `1\\frac{3}{4}` -> its exact value, else None."""
+    number = r"[0-9]*\.?[0-9]+|[0-9]+\."
+    match = re.fullmatch(rf"([-+]?)(?:([0-9]+)(?=\\frac))?(?:({number})(?:/([0-9]+))?|\\frac\{{([-+]?(?:{number}))\}}\{{([-+]?(?:{number}))\}})", text)
+    if not match:
+        return None
+    sign, whole, top, bottom, over, under = match.groups()
+    top, bottom = Fraction(top or over), Fraction(bottom or under or 1)
+    return None if bottom == 0 else (int(whole or 0) + top / bottom) * (-1 if sign == "-" else 1)
+
+
+def related(text):
+    return re.search(r"[<>=]|\\[lg]e(?![a-z])|\\ne", text) is not None
+
+
+def words(text):
+    return re.search(r"[a-zA-Z]{4}|[a-zA-Z]{2,} [a-zA-Z]{2,}", re.sub(r"\\[a-zA-Z]+", "", text)) or re.fullmatch("[a-zA-Z]{3,}", text)
+
+
+def same_value(gold, said, percent=(False, False)):
+    if gold == said:
+        return True
+    name, said_name = NAME.match(gold), NAME.match(said)
+    if name and said_name and name[1] != said_name[1]:
+        return False
+    value, sides = gold[name.end() if name else 0:], said[said_name.end() if said_name else 0:].split("=")
+    if related(value) or name and not said_name and len(sides) > 1:
+        return related(said) and verified(gold, said)
+    for side in sides:
+        a, b = rational(value), rational(side)
+        if a is not None and b is not None:
+            if a != b and not (percent[0] and a == 100 * b or percent[1] and 100 * a == b):
+                return False
+        elif words(value) or words(side):
+            if value.casefold() != side.casefold():
+                return False
+        elif value != side and not verified(value, side):
+            return False
+    return True
+
+
+def too_heavy(text):
+    """Text that would keep a worker busy for nothing."""
+    depth = deepest = 0
+    for c in text:
+        depth += (c in "([{") - (c in ")]}")
+        deepest = max(deepest, depth)
+    return deepest > 12 or re.search(r"\^\{?[^a-z{}]*\^|\^\{?-?\(?[0-9]{5}|[0-9]{4}!|[^0-9a-z]!|!!|\\(sum|prod|i*nt|lim|binom\{?[0-9]{4})", text) \
+        or len(re.findall(r"[)}]\^\{?[0-9]{2}", text)) > 1
+
+
+def verified(gold, said):
+    if not re.fullmatch(r"[-A-Za-z0-9 \\^_{}()\[\]+*/=<>.,!|&:']+", said) or re.search(r"[0-9]( [0-9]|e[0-9]|_)", gold + said) or too_heavy(said) and not too_heavy(gold):
+        return False
+    return asked(exact(gold), exact(said))
+
+
+def exact(text):
+    """Decimals as fractions, mixed numbers as sums, `2(3)` as a product."""
+    text = re.sub(r"([0-9]+)(\\frac\{[0-9]+\}\{[0-9]+\})", r"(\1+\2)", text)
+    text = re.sub(r"([0-9])\(", r"\1\\cdot(", text)
+    return re.sub(r"([0-9]*)\.([0-9]+)", lambda match: rf"\frac{{{int(match[1] + match[2])}}}{{{10 ** len(match[2])}}}", text)
+
+
+# ---------------------------------------------------------------------------------------------- workers
+
+IDLE = []  # workers that wait for something to compare
+os.register_at_fork(after_in_child=IDLE.clear)  # a pipe has one user
+
+
+@atexit.register
+def end_workers():
+    while IDLE:
+        end(IDLE.pop())
+
+
+def end(worker):
+    try:
+        os.killpg(worker.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    worker.communicate()
+
+
+@lru_cache(8192)
+def asked(gold, said):
+    """Has a worker compare; False where it cannot tell within its time."""
+    try:
+        worker = IDLE.pop()
+    except IndexError:
+        worker = subprocess.Popen([sys.executable, "-c", WORK, os.path.dirname(os.path.abspath(__file__))], stdin=subprocess.PIPE, bufsize=0,
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        worker.stdin.write(json.dumps([gold, said]).encode())
+        if select.select([worker.stdout], [], [], 60)[0] and (reply := worker.stdout.read(1)):  # 60: it may have to start first
+            IDLE.append(worker)
+            return reply == b"1"
+    except OSError:
+        pass
+    end(worker)
+    return False
+
+
+def work():
+    """A worker: loads math-verify once, then forks a process that compares until it dies of its alarm, or has done 200."""
+    import math_verify  # noqa: F401
+    while True:
+        if (pid := os.fork()) == 0:
+            try:
+                compare_all()
+            finally:
+                os._exit(1)
+        status = os.waitpid(pid, 0)[1]
+        if os.WIFSIGNALED(status):
+            os.write(1, b"0")
+        elif os.WEXITSTATUS(status) == 0:
+            return
+
+
+def compare_all():
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for _ in range(200):  # then anew, so that memory does not grow
+        if not (request := os.read(0, 1 << 16)):
+            os._exit(0)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)  # kills, also in the middle of a multiplication of large numbers
+        try:
+            verdict = compared(*json.loads(request))
+        except Exception:  # no mathematics, or of a kind that the library cannot do
+            verdict = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        os.write(1, b"1" if verdict else b"0")
+
+
+def compared(gold, said):
+    from math_verify import LatexExtractionConfig, parse, verify
+    from sympy import Expr, I, Rational, Symbol
+
+    def read(text):
+        found = parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)[0]
+        return found.xreplace({s: I for s in found.free_symbols if s.name == "i"})
+
+    a, b = read(gold), read(said)
+    if isinstance(a, Expr) and isinstance(b, Expr):
+        symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+        gap = (a - b).doit().subs({symbol: Rational(100 + 37 * i, 71 + i) for i, symbol in enumerate(symbols)}).evalf(30)
+        if gap.is_number and abs(gap) > 1e-12:  # different at one point: no need to prove it
+            return False
+    return verify(a, b, numeric_precision=100, allow_set_relation_comp=True, timeout_seconds=None)
