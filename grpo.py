@@ -658,11 +658,14 @@ def load_checkpoint(run, folder):
         p.copy_(distribute_tensor(saved, p.device_mesh, p.placements) if isinstance(p, DTensor) else saved)
     run.masters.write_back()
     refresh(run.sampler, run.model)
+    if len(state["curriculum"]["due"]) != len(run.data):
+        fail(f"--resume: --data has {len(run.data)} prompts now, and had {len(state['curriculum']['due'])} in the run")
     vars(run.curriculum).update(state["curriculum"])
     if run.args.fsdp:                                           # moments are sharded as their parameters are
-        for i, p in enumerate(run.masters.parameters):
+        for i, moments in state["optimizer"]["state"].items():
+            p = run.masters.parameters[i]
             state["optimizer"]["state"][i] = {name: distribute_tensor(x, p.device_mesh, p.placements) if x.ndim else x
-                                              for name, x in state["optimizer"]["state"][i].items()}
+                                              for name, x in moments.items()}
     run.optimizer.load_state_dict(state["optimizer"])
 
 
@@ -675,31 +678,41 @@ def open_output(args):
     """-> the checkpoint to go on from, the newest that is as it was written, or None. Another run's folder is never written to
     by mistake, nor is this one's with other flags."""
     out = Path(args.output_dir)
-    free = ("resume", "overwrite", "output_dir", "save_every", "keep", "sample_every", "log_to", "micro_batch_size", "sample_batch_size")
+    free = ("resume", "overwrite", "output_dir", "save_every", "keep", "sample_every", "log_to", "micro_batch_size", "sample_batch_size",
+            "fsdp", "activation_checkpointing", "merge")
     flags = {name: value for name, value in vars(args).items() if name not in free}
     if not args.resume:
-        if (out / "args.json").exists() and not args.overwrite:
+        old = [*checkpoints(out), *out.glob("tmp-*"), *(out / name for name in ("args.json", "metrics.jsonl", "samples.jsonl"))]
+        if any(path.exists() for path in old) and not args.overwrite:
             fail(f"--output_dir {out} holds a run: --resume goes on with it, --overwrite drops it")
-        if RANK == 0:
-            for old in [*checkpoints(out), out / "metrics.jsonl", out / "samples.jsonl"]:
-                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "args.json").write_text(json.dumps(flags, indent=1))
+        for path in old:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "args.json").write_text(json.dumps(flags, indent=1))
         return None
+    damaged = []
     for folder in reversed(checkpoints(out)):
         with contextlib.suppress(OSError, ValueError):
             if all(seal(folder / name) == sealed for name, sealed in json.loads((folder / "manifest.json").read_text()).items()):
                 break
         note(f"{folder} is damaged (a file is missing, cut off or changed): trying the one before it")
+        damaged.append(folder)
     else:
         fail(f"--resume: there is no whole checkpoint in {out}")
-    then = json.loads((out / "args.json").read_text())
+    try:
+        then = json.loads((out / "args.json").read_text())
+    except (OSError, ValueError) as err:
+        fail(f"--resume: cannot read the flags of the run in {out} ({err})")
     changed = [f"--{name} {then.get(name)} -> {value}" for name, value in flags.items() if then.get(name) != value]
     if changed:
         fail(f"--resume: not the flags that the run in {out} had: {', '.join(changed)}")
-    for path in (p for p in (out / "metrics.jsonl", out / "samples.jsonl") if p.exists() and RANK == 0):
-        lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("}\n")]     # what came after it comes again
-        path.write_text("".join(x for x in lines if json.loads(x)["step"] <= int(folder.name[11:])))
+    for path in [*damaged, *out.glob("tmp-*")]:                 # a checkpoint of that name will be written again
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done, tmp = int(folder.name[11:]), out / "tmp-lines"
+    for path in (p for p in (out / "metrics.jsonl", out / "samples.jsonl") if p.exists()):          # what came later comes again,
+        lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("}\n")]        # the evaluation of this step too
+        tmp.write_text("".join(x for x, row in zip(lines, map(json.loads, lines)) if row["step"] < done + ("reward" in row)))
+        tmp.replace(path)
     return folder
 
 
@@ -807,7 +820,7 @@ def main(argv=None):
         data = [row for row in data if args.pass_rate[0] <= row["pass_rate"] <= args.pass_rate[1]]
     if len(data) < args.prompts_per_step:
         fail(f"--data has {len(data)} prompts, fewer than --prompts_per_step {args.prompts_per_step}")
-    folder = open_output(args)
+    folder = gather(open_output(args) if RANK == 0 else None)[0]
     run, log, done, stop, bad, recent, said = build(args, tokenizer, data, eval_data), logger(args), 0, [], 0, [], set()
     if folder:
         load_checkpoint(run, folder)
@@ -831,8 +844,7 @@ def main(argv=None):
     run.check, handlers = check, {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=args.steps, initial=done, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
     try:
-        if not done:
-            evaluate(0)
+        evaluate(done)
         while done < args.steps:
             metrics, first = train_step(run, done + 1)
             done += 1
@@ -854,14 +866,16 @@ def main(argv=None):
                 note(f"warning: the gradient is not finite, step {done} changes nothing ({bad} in a row; see samples.jsonl)")
             if bad == BAD_STEPS:
                 fail(f"{bad} gradients in a row are not finite: lower --lr, and look at step {done} in {args.output_dir}/samples.jsonl")
-            evaluate(done)
             if args.save_every and done % args.save_every == 0:
                 save_checkpoint(run, done)
             if any(gather(bool(stop))):
                 raise KeyboardInterrupt
+            evaluate(done)
     except KeyboardInterrupt:
         save_checkpoint(run, done)
-        note(f"stopped after step {done} of {args.steps}; go on with: python grpo.py {shlex.join(argv or sys.argv[1:])} --resume")
+        again = [x for x in argv or sys.argv[1:] if x not in ("--resume", "--overwrite")]
+        launch = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', WORLD)}" if WORLD > 1 else "python"
+        note(f"stopped after step {done} of {args.steps}; go on with: {launch} grpo.py {shlex.join(again)} --resume")
         raise SystemExit(128 + (stop or [signal.SIGINT])[0])
     finally:
         bar.close()
