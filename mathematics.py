@@ -1,4 +1,6 @@
-"""Whether an answer in LaTeX equals another as mathematics: equal(gold, said).
+"""The exact value of an arithmetic expression: evaluate(text); whether two answers in LaTeX are equal as mathematics: equal(gold, said).
+
+Equality
 
 1. Both are brought to one spelling (tidy): fractions, degrees, units, \\text{}, spaces, \\left \\right, thousands separators, boxes.
 2. Both are taken apart (shape): a set or list, a tuple or interval by its brackets, a matrix, a union, or a single value. Shapes must
@@ -9,8 +11,10 @@
 4. A worker that takes 2 s is killed and replaced. Text that would only keep it busy (long, deeply nested, towers of powers, factorials of
    large numbers, sums and integrals left to the grader) is not sent to it, unless the gold is of that kind.
 """
+import ast
 import atexit
 import json
+import operator
 import os
 import re
 import select
@@ -23,6 +27,54 @@ from functools import lru_cache
 SECONDS = 2  # that one comparison may take
 LONGEST = 500  # characters of an answer
 WORK = "import sys; sys.path.append(sys.argv.pop()); import mathematics; mathematics.work()"
+
+# ---------------------------------------------------------------------------------------------- arithmetic
+
+SIGNS = {"\u00d7": "*", "\u00b7": "*", "\\times": "*", "\\cdot": "*", "\u00f7": "/", "\\div": "/", "\u2212": "-"}
+SIGN = re.compile("|".join(map(re.escape, SIGNS)))
+OPERATORS = {ast.Add: ("+", 1, operator.add), ast.Sub: ("-", 1, operator.sub), ast.Mult: ("*", 2, operator.mul), ast.Div: ("/", 2, operator.truediv)}
+
+
+def plain_signs(text):
+    """`×`, `·`, `\\times`, `\\cdot` as `*`; `÷`, `\\div` as `/`; U+2212 as `-`."""
+    return SIGN.sub(lambda match: SIGNS[match[0]], text)
+
+
+def evaluate(text):
+    """One expression over numbers, + - * /, unary minus and parentheses -> (its exact value, the shortest way to write it), or None.
+
+    Nothing is executed: the characters are checked, Python's parser only reads, and `value` takes the few nodes of this grammar.
+    """
+    return cached_value(text) if len(text) <= 200 else None
+
+
+@lru_cache(8192)
+def cached_value(text):
+    if not re.fullmatch(r"[-+*/(). 0-9]+", text) or re.search(r"(?<![0-9.])0[0-9]", text):  # no leading zeros
+        return None
+    try:
+        exact_value, shortest, _ = value(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
+    shortest = re.sub(r"(^|[(*/])\+", r"\1", shortest.replace("--", "+").replace("+-", "-"))  # 2--3 is a padded 2+3
+    return exact_value, shortest
+
+
+def value(node):
+    """A parsed expression -> (exact value, shortest text, how tightly its outermost sign binds)."""
+    if type(node) is ast.Constant:
+        return Fraction(node.value if type(node.value) is int else repr(node.value)), repr(node.value), 4
+    if type(node) is ast.UnaryOp and type(node.op) is ast.USub:
+        a, text, rank = value(node.operand)
+        return -a, "-" + (text if rank > 2 else f"({text})"), 3
+    if type(node) is ast.BinOp and type(node.op) in OPERATORS:
+        sign, rank, apply = OPERATORS[type(node.op)]
+        (a, left, left_rank), (b, right, right_rank) = value(node.left), value(node.right)
+        left = left if left_rank >= rank else f"({left})"
+        right = right if right_rank > rank or right_rank == rank and sign in "+*" else f"({right})"
+        return apply(a, b), left + sign + right, rank
+    raise ValueError("not arithmetic")
+
 
 # ---------------------------------------------------------------------------------------------- one spelling
 
@@ -164,18 +216,18 @@ def same_value(gold, said, percent=(False, False)):
     name, said_name = NAME.match(gold), NAME.match(said)
     if name and said_name and name[1] != said_name[1]:
         return False
-    value, sides = gold[name.end() if name else 0:], said[said_name.end() if said_name else 0:].split("=")
-    if related(value) or name and not said_name and len(sides) > 1:
+    wanted, sides = gold[name.end() if name else 0:], said[said_name.end() if said_name else 0:].split("=")
+    if related(wanted) or name and not said_name and len(sides) > 1:
         return related(said) and verified(gold, said)
     for side in sides:
-        a, b = rational(value), rational(side)
+        a, b = rational(wanted), rational(side)
         if a is not None and b is not None:
             if a != b and not (percent[0] and a == 100 * b or percent[1] and 100 * a == b):
                 return False
-        elif words(value) or words(side):
-            if value.casefold() != side.casefold():
+        elif words(wanted) or words(side):
+            if wanted.casefold() != side.casefold():
                 return False
-        elif value != side and not verified(value, side):
+        elif wanted != side and not verified(wanted, side):
             return False
     return True
 

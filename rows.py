@@ -1,0 +1,116 @@
+"""Reads rows of data from a file, a folder or the hub; every mistake is one line that says where it is."""
+import json
+import os
+import socket
+from pathlib import Path
+
+
+class DataError(ValueError):
+    """Data that cannot be used, in one line that names file, line and column."""
+
+
+def read(path, config, split):
+    """(place, row) of each row. path: a .jsonl or .parquet file (whatever the split), a folder that holds {split}.jsonl or
+    {split}.parquet, or else a hub id, with its configuration."""
+    here = Path(path).expanduser()
+    try:
+        if here.is_dir():
+            here = file_of(here, split)
+        if here.is_file():
+            if here.suffix not in (".jsonl", ".parquet"):
+                raise DataError(f"{here}: a data file must end in .jsonl or .parquet")
+            yield from (jsonl_rows if here.suffix == ".jsonl" else parquet_rows)(here)
+        elif here.suffix in (".jsonl", ".parquet") or path.count("/") != 1 or path[0] in "/.~" or path.startswith("data/") or here.parent.exists():
+            raise DataError(f"{here}: no such file or folder")
+        else:
+            yield from hub_rows(path, config, split)
+    except OSError as error:
+        raise DataError(f"{here}: cannot be read ({error.strerror or error})") from None
+
+
+def file_of(folder, split):
+    names = ("val", "validation") if split in ("val", "validation") else (split,)
+    files = [folder / (name + suffix) for name in names for suffix in (".jsonl", ".parquet")]
+    if found := next((file for file in files if file.is_file()), None):
+        return found
+    held = ", ".join(sorted(other.name for other in folder.iterdir())[:8]) or "nothing"
+    raise DataError(f"{folder}: no {files[0].name} or {files[1].name} in this folder (it holds {held})")
+
+
+def jsonl_rows(file):
+    with open(file, "rb") as lines:
+        for i, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except json.JSONDecodeError as error:
+                raise DataError(f"{file}, line {i}, column {error.colno}: broken JSON ({error.msg})") from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{file}, line {i}: cannot be read ({error})") from None
+            yield f"{file}, line {i}", row
+
+
+def parquet_rows(file):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{file}: reading Parquet needs `pip install pyarrow`") from None
+    try:
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            for i, row in enumerate((row for batch in parquet.iter_batches() for row in batch.to_pylist()), 1):
+                yield f"{file}, row {i}", row
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{file}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+
+
+def hub_rows(path, config, split):
+    try:
+        import datasets
+        import huggingface_hub
+    except ImportError:
+        raise DataError(f"{path}: not a file or folder here; reading it from the hub needs `pip install datasets`") from None
+    constants, was_offline = huggingface_hub.constants, (datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE)
+    if not reachable(constants.ENDPOINT):  # what is in the cache is still found, and half a minute of retries is spared
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        loaded = datasets.load_dataset(path, config, split={"val": "validation"}.get(split, split))
+    except Exception as error:  # no network, no such set, no such split: the library has a dozen types for these
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: not a file or folder here, and the hub does not give its split '{split}' ({reason})") from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = was_offline
+    for i, row in enumerate(loaded, 1):
+        yield f"{path}, row {i}", row
+
+
+def reachable(endpoint):
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    host, _, port = endpoint.partition("://")[2].partition("/")[0].partition(":")
+    try:
+        socket.create_connection((host, int(port or (443 if endpoint.startswith("https") else 80))), timeout=5).close()
+        return True
+    except OSError:
+        return False
+
+
+def fits(value, kind):
+    """kind: a type, a list of one kind, or a dict of columns with theirs."""
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(item, kind[0]) for item in value)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(fits(value.get(name), of) for name, of in kind.items())
+    return type(value) is kind
+
+
+def check(row, columns, place):
+    """DataError where a column is missing or of another kind."""
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: a row must be an object with the columns {', '.join(columns)}")
+    for column, kind in columns.items():
+        if column not in row:
+            raise DataError(f"{place}: column '{column}' is missing (needed are {', '.join(columns)})")
+        if not fits(row[column], kind):
+            wanted = json.dumps(kind, default=lambda kind: kind.__name__).replace('"', "")
+            raise DataError(f"{place}: column '{column}' must be {wanted}, not {json.dumps(row[column], default=str)[:60]}")
