@@ -37,8 +37,11 @@ import sys
 import time
 import types
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
+import huggingface_hub
+import jinja2
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -74,7 +77,10 @@ def note(message):
 # ------------------------------------------------------------------------------------------- options
 class Flags(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line):                   # of an @file: flags as in a shell, # comments
-        return shlex.split(line, comments=True)
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as err:
+            fail(f"{line}: {err}")
 
     def error(self, message):
         fail(message)
@@ -154,6 +160,8 @@ def parse_args(argv=None):
             (not 0 <= a.pass_rate[0] <= a.pass_rate[1] <= 1, "--pass_rate: LOW and HIGH must be between 0 and 1, in this order"),
             (a.chat_template and not Path(a.chat_template).is_file(), f"--chat_template {a.chat_template}: no such file"),
             (a.load_in_4bit and not a.lora_rank, "--load_in_4bit: 4-bit weights do not train; add --lora_rank 32"),
+            (a.seed >= 2 ** 32, f"--seed {a.seed}: must be below 2 ** 32"),
+            (Path(a.model).resolve() == Path(a.output_dir).resolve(), f"--output_dir {a.output_dir}: is --model itself; take another"),
             (a.merge and not a.lora_rank, "--merge: there is an adapter to merge only with --lora_rank"),
             (a.fsdp and WORLD == 1, "--fsdp: start with torchrun --nproc_per_node=N grpo.py ..."),
             (a.fsdp and (a.lora_rank or a.optim != "adamw"), "--fsdp: goes with whole models and --optim adamw"),
@@ -375,14 +383,26 @@ def rollout(run, data, indices, step, temperature, first_row=0):
     """Scored completions, a group for each index into data; temperature 0: greedy, one for each. Processes share the work and
     all return all of it, so that from here on every one of them computes the same."""
     args, size = run.args, run.args.group_size if temperature else 1
-    mine, per_call, out = range(RANK, len(indices), WORLD), max(1, run.args.sample_batch_size // size), []
-    for part in (mine[at:at + per_call] for at in range(0, len(mine), per_call)):
+    mine, out = range(RANK, len(indices), WORLD), []
+    while mine:
+        part = mine[:max(1, args.sample_batch_size // size)]
         rows = [data[indices[slot]] for slot in part]
         places = [first_row + slot * size + g for slot in part for g in range(size)]
         noise = uniforms(args.seed, step, places, args.max_new_tokens) if temperature else None
-        ids, logps = generate(run.sampler, [row["prompt_ids"] for row in rows], noise, group_size=size, check=run.check,
-                              max_new_tokens=args.max_new_tokens, temperature=temperature or 1.0, eos_ids=run.eos_ids,
-                              pad_id=run.tokenizer.pad_token_id or 0)                                                      # 2
+        try:
+            ids, logps = generate(run.sampler, [row["prompt_ids"] for row in rows], noise, group_size=size, check=run.check,
+                                  max_new_tokens=args.max_new_tokens, temperature=temperature or 1.0, eos_ids=run.eos_ids,
+                                  pad_id=run.tokenizer.pad_token_id or 0)                                                  # 2
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+            ids = None
+        if ids is None:                                         # outside of the except, which holds on to the memory
+            torch.cuda.empty_cache()
+            args.sample_batch_size = len(part) // 2 * size
+            note(f"out of GPU memory: --sample_batch_size {args.sample_batch_size} from here on; the samples are the same")
+            continue
+        mine = mine[len(part):]
         rows = [row for row in rows for _ in range(size)]
         texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
         parts = rewards.score_batch([row["task"] for row in rows], texts, rows, style=args.style, weights=args.weights,
@@ -470,12 +490,21 @@ class Masters:
 
 
 def load_tokenizer(args):
+    if not Path(args.model).is_dir():
+        try:
+            huggingface_hub.model_info(args.model, timeout=10)
+        except huggingface_hub.errors.HfHubHTTPError:           # an answer, which from_pretrained will explain
+            pass
+        except Exception:                                       # no network: the cache, without a minute of trying again
+            huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         tok = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
         config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     except Exception as err:                                    # any of a dozen kinds, for what is one thing to the user
         if (Path(args.model) / "adapter_config.json").exists():
             fail(f"--model {args.model} is an adapter: train on from its merged model (sft.py --merge writes it)")
+        if "trust_remote_code" in str(err):
+            fail(f"--model {args.model} comes with code of its own: read it, then pass --trust_remote_code to run it")
         fail(f"--model {args.model}: neither a folder with a model nor a hub id that can be reached now ({str(err).splitlines()[0]})")
     tok.chat_template = Path(args.chat_template).read_text() if args.chat_template else tok.chat_template
     if not tok.chat_template:
@@ -489,7 +518,7 @@ def load_lm(args, device, dtype, load_in_4bit=False):
         bnb_4bit_compute_dtype=dtype)) if load_in_4bit else {}
     try:
         lm = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=args.trust_remote_code, **kwargs)
-    except (OSError, ValueError, KeyError) as err:
+    except Exception as err:
         fail(f"--model {args.model}: {str(err).splitlines()[0]}")
     for module in lm.modules():                                 # on CPU a first pass would repack 4-bit weights, and break them
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -581,6 +610,7 @@ def backward(run, batches, temperature, num_tokens, num_seqs, check=lambda: None
 def update(run, trained, temperature, lr):
     """Steps 5 to 7 on the rollouts of one step: --inner_epochs updates. -> metrics, means over them."""
     args, metrics, masters = run.args, {}, run.masters.parameters
+    args.micro_batch_size = min(gather(args.micro_batch_size))  # one process may have halved it
     batches = micro_batches(trained, args.micro_batch_size, run.device, args.mask_truncated)
     num_tokens = sum(float(b["mask"].sum()) for b in batches)
     empty = {name: torch.zeros_like(x) if name == "mask" else x for name, x in batches[-1].items()}
@@ -591,12 +621,14 @@ def update(run, trained, temperature, lr):
     for epoch in range(args.inner_epochs if num_tokens else 0):
         while True:
             run.optimizer.zero_grad()
+            run.model.zero_grad()                               # what an error left there
             try:
                 sums = backward(run, batches, temperature, num_tokens, len(trained), (lambda: None) if epoch else run.check)
                 break
             except torch.OutOfMemoryError:
                 if args.fsdp or max(len(b["ids"]) for b in batches) == 1:
-                    fail("out of GPU memory: take a smaller --micro_batch_size or --max_new_tokens, or --activation_checkpointing")
+                    raise
+            torch.cuda.empty_cache()
             batches = [dict(zip(b, half)) for b in batches for half in zip(*(x.tensor_split(2) for x in b.values())) if len(half[0])]
             args.micro_batch_size = -(-args.micro_batch_size // 2)
             note(f"out of GPU memory: --micro_batch_size {args.micro_batch_size} from here on; the update is the same")
@@ -606,7 +638,7 @@ def update(run, trained, temperature, lr):
         if math.isfinite(norm):
             run.optimizer.step()
             run.masters.write_back()
-        shares = gather(sums | {"grad_norm": norm / WORLD})
+        shares = gather(sums | {"grad_norm": norm / WORLD, "skipped": (not math.isfinite(norm)) / WORLD})
         metrics = {name: metrics.get(name, 0) + sum(share[name] for share in shares) / args.inner_epochs for name in shares[0]}
     run.optimizer.zero_grad()
     run.model.eval()
@@ -718,7 +750,8 @@ def open_output(args):
 
 def append(args, name, rows):
     with open(Path(args.output_dir) / name, "a") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows:                                        # what is not finite is null: JSON has no NaN
+            f.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}) + "\n")
 
 
 def logger(args):
@@ -748,8 +781,11 @@ def read_rows(args, tokenizer, context, sources, split):
     except (rewards.DataError, subprocess.CalledProcessError) as err:
         fail(err)
     for n, row in enumerate(rows, 1):
-        row["prompt_ids"] = tokenizer.apply_chat_template(rewards.messages(row["task"], row, args.style), tokenize=True,
-                                                          add_generation_prompt=True, return_dict=False)
+        try:
+            row["prompt_ids"] = tokenizer.apply_chat_template(rewards.messages(row["task"], row, args.style), tokenize=True,
+                                                              add_generation_prompt=True, return_dict=False)
+        except jinja2.TemplateError as err:
+            fail(f"the chat template of {args.model} does not take the prompt ({err}); pass another with --chat_template FILE")
         if len(row["prompt_ids"]) + args.max_new_tokens > context:
             fail(f"row {n} of {' '.join(sources)}: its prompt of {len(row['prompt_ids'])} tokens and --max_new_tokens "
                  f"{args.max_new_tokens} are more than the model's context of {context}")
@@ -778,6 +814,7 @@ def train_step(run, step):
     metrics = {"step": step, **means(first, run.data), "groups_drawn": len(drawn) // G}
     for name, rollouts in (("frac_reward_zero_std", first), ("frac_reward_zero_std_after", trained)):
         metrics[name] = sum(dead(rollouts[at:at + G]) for at in range(0, len(rollouts), G)) * G / len(rollouts)
+    torch.manual_seed(args.seed * 1_000_003 + step)             # for a model with dropout
     metrics |= update(run, trained, temperature, lr)                                                                     # 5-7
     for at in range(0, len(drawn), G):
         run.curriculum.record(drawn[at].index, sum(r.parts["correct"] for r in drawn[at:at + G]))
@@ -805,18 +842,19 @@ WARNINGS = [                                                    # (what the last
     (lambda m: m.get("logp_gap", 0) > 0.1, "sampler and trainer disagree (logp_gap above 0.1): try --dtype float32")]
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def train(args, argv):
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if torch.cuda.is_available():
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                fail(f"torchrun started more processes than there are GPUs: --nproc_per_node {torch.cuda.device_count()}")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
     tokenizer, context = load_tokenizer(args)
     data = read_rows(args, tokenizer, context, args.data, "train")
     eval_data = read_rows(args, tokenizer, context, args.eval_data, args.eval_split)
     if args.pass_rate != [0, 1]:
-        if any("pass_rate" not in row for row in data):
-            fail("--pass_rate: a row of --data has no such column; eval.py --samples 8 writes files that have")
+        if not all(isinstance(row.get("pass_rate"), (int, float)) for row in data):
+            fail("--pass_rate: a row of --data has no such number; eval.py --samples 8 writes files that have")
         data = [row for row in data if args.pass_rate[0] <= row["pass_rate"] <= args.pass_rate[1]]
     if len(data) < args.prompts_per_step:
         fail(f"--data has {len(data)} prompts, fewer than --prompts_per_step {args.prompts_per_step}")
@@ -853,7 +891,7 @@ def main(argv=None):
             recent = [*recent[-19:], metrics]
             left = (args.steps - done) * sum(m["step_seconds"] for m in recent) / len(recent)
             note(LINE.format_map({"entropy": 0, "kl": 0, "grad_norm": 0, "left": tqdm.format_interval(left)} | metrics))
-            bad = bad + 1 if not math.isfinite(metrics.get("grad_norm", 0)) else 0
+            bad = bad + 1 if metrics.get("skipped") else 0
             if RANK == 0 and (done % args.sample_every == 0 or done == 1 or bad):
                 append(args, "samples.jsonl", [
                     {"step": done, "task": data[r.index]["task"], "prompt": tokenizer.decode(r.prompt), "completion": r.text,
@@ -863,7 +901,7 @@ def main(argv=None):
                     said.add(advice)
                     note(f"warning: {advice}")
             if bad:
-                note(f"warning: the gradient is not finite, step {done} changes nothing ({bad} in a row; see samples.jsonl)")
+                note(f"warning: the gradient of step {done} is not finite and was not used ({bad} in a row; see samples.jsonl)")
             if bad == BAD_STEPS:
                 fail(f"{bad} gradients in a row are not finite: lower --lr, and look at step {done} in {args.output_dir}/samples.jsonl")
             if args.save_every and done % args.save_every == 0:
@@ -873,7 +911,7 @@ def main(argv=None):
             evaluate(done)
     except KeyboardInterrupt:
         save_checkpoint(run, done)
-        again = [x for x in argv or sys.argv[1:] if x not in ("--resume", "--overwrite")]
+        again = [x for x in argv if x not in ("--resume", "--overwrite")]
         launch = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', WORLD)}" if WORLD > 1 else "python"
         note(f"stopped after step {done} of {args.steps}; go on with: {launch} grpo.py {shlex.join(again)} --resume")
         raise SystemExit(128 + (stop or [signal.SIGINT])[0])
@@ -882,12 +920,26 @@ def main(argv=None):
         for s, handler in handlers.items():
             signal.signal(s, handler)
     if RANK == 0:
-        save_model(run, args.output_dir)
+        tmp = Path(args.output_dir) / "tmp-final"
+        save_model(run, tmp)
         if args.merge:
-            run.sampler.save_pretrained(Path(args.output_dir) / "merged")
-            tokenizer.save_pretrained(Path(args.output_dir) / "merged")
+            run.sampler.save_pretrained(tmp / "merged")
+            tokenizer.save_pretrained(tmp / "merged")
+        shutil.copytree(tmp, args.output_dir, dirs_exist_ok=True, copy_function=os.replace)
+        shutil.rmtree(tmp)
     if WORLD > 1:
         dist.destroy_process_group()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        train(args, argv or sys.argv[1:])
+    except torch.OutOfMemoryError:
+        fail("out of GPU memory: take a smaller --micro_batch_size, --group_size or --max_new_tokens, or --activation_checkpointing; "
+             "then --resume")
+    except (OSError, SafetensorError) as err:                   # a full disk, most of all
+        fail(f"--output_dir {args.output_dir}: {err}; checkpoints in it are whole: make room, then --resume")
 
 
 if __name__ == "__main__":
