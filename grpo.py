@@ -609,7 +609,8 @@ def backward(run, batches, temperature, num_tokens, num_seqs, check=lambda: None
 
 def update(run, trained, temperature, lr):
     """Steps 5 to 7 on the rollouts of one step: --inner_epochs updates. -> metrics, means over them."""
-    args, metrics, masters = run.args, {}, run.masters.parameters
+    args, masters = run.args, run.masters.parameters
+    metrics = dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "entropy", "logp_gap", "grad_norm"), 0.0)
     args.micro_batch_size = min(gather(args.micro_batch_size))  # one process may have halved it
     batches = micro_batches(trained, args.micro_batch_size, run.device, args.mask_truncated)
     num_tokens = sum(float(b["mask"].sum()) for b in batches)
@@ -838,8 +839,8 @@ WARNINGS = [                                                    # (what the last
     (lambda m: m["frac_reward_zero_std"] > 0.9, "over 90 % of groups are dead: a larger --group_size, prompts of medium difficulty "
                                                 "(--pass_rate 0.1 0.9) or a higher --temperature help"),
     (lambda m: m["truncated"] > 0.5, "over half of the completions are cut off: raise --max_new_tokens"),
-    (lambda m: m.get("kl", 0) > 1, "the policy is far from its start (KL above 1): lower --lr or raise --beta"),
-    (lambda m: m.get("logp_gap", 0) > 0.1, "sampler and trainer disagree (logp_gap above 0.1): try --dtype float32")]
+    (lambda m: m["kl"] > 1, "the policy is far from its start (KL above 1): lower --lr or raise --beta"),
+    (lambda m: m["logp_gap"] > 0.1, "sampler and trainer disagree (logp_gap above 0.1): try --dtype float32")]
 
 
 def train(args, argv):
@@ -890,7 +891,7 @@ def train(args, argv):
             bar.update()
             recent = [*recent[-19:], metrics]
             left = (args.steps - done) * sum(m["step_seconds"] for m in recent) / len(recent)
-            note(LINE.format_map({"entropy": 0, "kl": 0, "grad_norm": 0, "left": tqdm.format_interval(left)} | metrics))
+            note(LINE.format_map(metrics | {"left": tqdm.format_interval(left)}))
             bad = bad + 1 if metrics.get("skipped") else 0
             if RANK == 0 and (done % args.sample_every == 0 or done == 1 or bad):
                 append(args, "samples.jsonl", [
