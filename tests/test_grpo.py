@@ -969,7 +969,7 @@ def test_learning_rate_warms_up_and_falls():
 def test_same_seed_same_bytes_and_a_resumed_run_is_the_uninterrupted_one_to_the_bit(toy, tmp_path, monkeypatch, more):
     pay(monkeypatch, odd_sum)
     more = [*more, "--steps", 4, "--save_every", 2, "--keep", 9, "--beta", 0.02, "--temperature_end", 0.8, "--lr_schedule", "cosine", "--warmup", 1,
-            "--inner_epochs", 2, "--sample_every", 1, "--prompts_per_step", 2]
+            "--inner_epochs", 2, "--sample_every", 1, "--prompts_per_step", 2, "--eval_data", f"gsm8k={toy / 'gsm8k'}:2", "--eval_every", 2]
     whole, again = cli(toy, tmp_path / "whole", *more), tmp_path / "again"
     assert all(m["grad_norm"] > 0 for m in whole)
     shutil.copytree(tmp_path / "whole", again)                  # a run that died in its fourth step
@@ -980,10 +980,12 @@ def test_same_seed_same_bytes_and_a_resumed_run_is_the_uninterrupted_one_to_the_
         f.write('{"step": 5, "rew')
     resumed = cli(toy, again, *more, "--resume")
     assert steady(resumed) == steady(whole) and [m["step"] for m in resumed] == [1, 2, 3, 4]
+    held = [[m for m in toys.read(folder / "metrics.jsonl") if "eval_reward" in m] for folder in (tmp_path / "whole", again)]
+    assert steady(held[0]) == steady(held[1]) and [m["step"] for m in held[1]] == [0, 2, 4]
     assert (again / "samples.jsonl").read_bytes() == (tmp_path / "whole" / "samples.jsonl").read_bytes()
     found = files(again)
     assert any(name.endswith(".safetensors") for name in found) and found == files(tmp_path / "whole")
-    if len(more) == 20:                                         # full-parameter: once more from the start, and another seed
+    if more[0] == "--steps":                                    # full-parameter: once more from the start, and another seed
         assert files(toy / "model")["model.safetensors"] != found["model.safetensors"]
         assert steady(cli(toy, tmp_path / "same", *more)) == steady(whole) and files(tmp_path / "same") == found
         cli(toy, tmp_path / "other", *more, "--seed", 1)
@@ -1040,10 +1042,10 @@ def test_overwrite_leaves_nothing_of_the_run_before(toy, tmp_path, monkeypatch, 
     pay(monkeypatch, odd_sum)
     cli(toy, tmp_path, "--lora_rank", 4, "--merge", "--save_every", 1)
     lines = cli(toy, tmp_path, "--overwrite", "--steps", 1)
-    assert len(lines) == 1 and not list(tmp_path.glob("checkpoint-2")) and not (tmp_path / "merged").exists()
     ids = torch.tensor([[40, 50, 60]])
     with torch.no_grad():
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, built[1].model(ids).logits)
+    assert len(lines) == 1 and not list(tmp_path.glob("*checkpoint-*")) and not (tmp_path / "merged").exists()
 
 
 def test_checkpoints_are_kept_as_asked_and_are_models(toy, tmp_path, monkeypatch):
