@@ -34,8 +34,8 @@ REMOTE = "\0remote"  # before the number of an object that stays in the program'
 JUDGE = "import sys; sys.path.append(sys.argv.pop()); import sandbox; sandbox.judge()"  # as a module, so that it is not compiled each time
 
 
-def passes(program, tests, setup="", namespaces=True):
-    """True where a program passes every test. tests: Python statements, most of them asserts; setup: statements that come before them."""
+def passes(program, tests, setup="", namespaces=True, seconds=(CPU_SECONDS, WALL_SECONDS)):
+    """True where a program passes every test. tests: Python statements, most of them asserts; setup: statements to come before them."""
     import shutil
     import subprocess
     import tempfile
@@ -44,11 +44,11 @@ def passes(program, tests, setup="", namespaces=True):
         return False
     secret, folder = os.urandom(16).hex(), tempfile.mkdtemp(prefix="program-")
     os.mkdir(inner := os.path.join(folder, "inner"))  # `../file` still lies in a folder that goes
-    request = framed((program, inner, namespaces)) + framed((setup, tests, secret))
+    request = framed((program, inner, namespaces, seconds)) + framed((setup, tests, secret))
     judge = subprocess.Popen([sys.executable, "-I", "-c", JUDGE, os.path.dirname(os.path.abspath(__file__))], cwd=inner, env={}, start_new_session=True,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
-        return judge.communicate(request, WALL_SECONDS + 4)[0] == secret.encode()
+        return judge.communicate(request, seconds[1] + 4)[0] == secret.encode()
     except (subprocess.TimeoutExpired, OSError):
         return False
     finally:
@@ -92,7 +92,7 @@ def judge():
     import resource
 
     libc = ctypes.CDLL(None, use_errno=True)
-    program, folder, namespaces = receive(0)  # and nothing further: the tests must not be in the memory that is forked
+    program, folder, namespaces, (cpu_seconds, wall_seconds) = receive(0)  # and nothing further: the tests must not be in the memory that is forked
     requests, replies = os.pipe(), os.pipe()
     libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans of the program become the judge's children
     apart = namespaces and enter_namespaces(libc)
@@ -106,7 +106,7 @@ def judge():
                 for standard in (0, 1, 2):
                     os.dup2(os.open("/dev/null", os.O_RDWR), standard)
                 os.closerange(5, 1024)
-                for limit, value in ((resource.RLIMIT_CPU, CPU_SECONDS), (resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CORE, 0),
+                for limit, value in ((resource.RLIMIT_CPU, cpu_seconds), (resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CORE, 0),
                                      (resource.RLIMIT_FSIZE, FILE_SIZE), (resource.RLIMIT_NOFILE, 64),
                                      (resource.RLIMIT_NPROC, PROCESSES if apart else 0)):
                     resource.setrlimit(limit, (value, value))
@@ -123,7 +123,7 @@ def judge():
         os.close(requests[0]), os.close(replies[1])
         libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE 0: no other process reads the judge's memory
         signal.signal(signal.SIGALRM, too_late)
-        signal.alarm(WALL_SECONDS)
+        signal.alarm(wall_seconds)
         resource.setrlimit(resource.RLIMIT_AS, (2 * MEMORY, 2 * MEMORY))
         setup, tests, secret = receive(0)
         result = os.dup(1)
