@@ -263,12 +263,9 @@ def evaluate(model, checkpoint, rows, args, file, rank=0, world=1):
             continue
         todo = todo[size:]
         texts = checkpoint["tokenizer"].batch_decode(ids, skip_special_tokens=True)
-        which = [(i, sample) for i in batch for sample in range(K)]
-        parts = rewards.score_batch([rows[i]["task"] for i, _ in which], texts, [rows[i] for i, _ in which],            # 3
-                                    style=args.style, n_tokens=list(map(len, ids)))
-        records += [{"model": checkpoint["name"], "row": i, "sample": sample, **score(rows[i], text, part, args.style),
-                     "n_tokens": len(seq), "truncated": seq[-1] not in checkpoint["eos_ids"]}
-                    for (i, sample), text, part, seq in zip(which, texts, parts, ids)]
+        scored = score([rows[i] for i in batch for _ in range(K)], texts, list(map(len, ids)), args.style)            # 3
+        records += [{"model": checkpoint["name"], "row": i, "sample": sample, **record, "truncated": seq[-1] not in checkpoint["eos_ids"]}
+                    for (i, sample), record, seq in zip(((i, sample) for i in batch for sample in range(K)), scored, ids)]
         file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records[-len(ids):])
         file.flush()
         bar.update(len(ids))
@@ -279,14 +276,17 @@ def evaluate(model, checkpoint, rows, args, file, rank=0, world=1):
 
 
 # ---------------------------------------------------------------------------------------- 3. scoring
-def score(row, text, part, style):
-    """What a record says of a completion beside its parts. Flexible reads on only where there is no answer block, and code
-    never needs one: no program runs twice."""
-    answer = rewards.answer(text, style)
-    strict = row["task"] == "code" or answer is not None
-    return {"task": row["task"], "prompt": rewards.messages(row["task"], row, style)[-1]["content"], "completion": text,
-            "answer": answer, **part, "by": kinds(row), "behaviour": behaviour(text, row, style),
-            "correct_flexible": part["correct"] if strict else rewards.correct(row["task"], text, row, style, strict=False)}
+def score(rows, texts, n_tokens, style):
+    """What a record says of each completion. Flexible reads on only where there is no answer block, and code never needs one:
+    nothing runs twice."""
+    tasks, answers = [row["task"] for row in rows], [rewards.answer(text, style) for text in texts]
+    parts = rewards.score_batch(tasks, texts, rows, style, n_tokens=n_tokens)
+    unread = [i for i, answer in enumerate(answers) if answer is None and tasks[i] != "code"]
+    again = rewards.score_batch(*([of[i] for i in unread] for of in (tasks, texts, rows)), style, strict=False)
+    loose = {i: part["correct"] for i, part in zip(unread, again)}
+    return [{"task": row["task"], "prompt": rewards.messages(row["task"], row, style)[-1]["content"], "completion": texts[i],
+             "answer": answers[i], **parts[i], "correct_flexible": loose.get(i, parts[i]["correct"]), "n_tokens": n_tokens[i],
+             "by": kinds(row), "behaviour": behaviour(texts[i], row, style)} for i, row in enumerate(rows)]
 
 
 GEOMETRY = re.compile(r"\b(area|perimeter|circumference|radius|diameter|triang\w*|rectang\w*|circ(le|ular)\w*|cubic|volume|"
@@ -387,7 +387,8 @@ def summarise(records, first):
                           for k in sorted({K, *(2 ** i for i in range(K.bit_length()))})}
         row["pass_at_k"] = row["pass_at"][K]
         row["maj_at_k"] = mean(maj_at_k([r["answer"] for r in of], [r["correct"] for r in of]) for of in problems.values())
-    for kind, value in sorted({pair for r in records for pair in r["by"].items()}):
+    for kind, value in sorted({pair for r in records for pair in r["by"].items()},
+                              key=lambda pair: (pair[0], {"easy": "1", "medium": "2", "hard": "3"}.get(pair[1], pair[1]))):
         of = [r for r in records if r["by"].get(kind) == value]
         row["by"].setdefault(kind, {})[value] = {"n": len(of) // K, "accuracy": mean(r["correct"] for r in of)}
     row["behaviour"] = shown = {name: mean(r["behaviour"][name] for r in records) for name in records[0]["behaviour"]}

@@ -6,8 +6,8 @@
 --report: one self-contained HTML page:
 1. the table of --results (what eval.py wrote), with its breakdowns;
 2. the curves of the runs;
-3. suspects of reward hacking, from the evaluation's completions and the runs' samples.jsonl: those with a reward that show the
-   most of the signs listed at `signs`, the best paid first. A sign is a reason to read, not a verdict;
+3. suspects of reward hacking, from the evaluation's completions and the runs' samples.jsonl: wrong ones that were paid, and right
+   ones, that show the most of the signs listed at `signs`. A sign is a reason to read, not a verdict;
 4. the same problems answered by the first and by the last model: learned, unlearned, and then the largest change of reward;
 5. the best and the worst completions of the last model.
 
@@ -65,12 +65,12 @@ def tables(summary):
     breakdown and one for the behaviours."""
     K, paired = max(row["samples"] for row in summary), any("p" in row for row in summary)
     table = [["model", "task", "n", "strict", "95 % interval", "flexible", "format", *[f"pass@{K}", f"maj@{K}"] * (K > 1),
-              "tokens", "cut off", *["better", "worse", "p"] * paired]]
+              "tokens", "cut off", *["better : worse", "p"] * paired]]
     for row in summary:
         table.append([row["model"], row["task"], row["n"], row["accuracy"],
                       f"{100 * row['accuracy_low']:.1f} - {100 * row['accuracy_high']:.1f}", row["accuracy_flexible"], row["format"],
                       *[row["pass_at_k"], row["maj_at_k"]] * (K > 1), round(row["completion_length"] or 0) or None, row["truncated"],
-                      *[row.get("better"), row.get("worse"), f"{row['p']:.2g}" if "p" in row else None] * paired])
+                      *([f"{row['better']} : {row['worse']}", f"{row['p']:.2g}"] if "p" in row else [None, None] * paired)])
     yield table
     for task in dict.fromkeys(row["task"] for row in summary):
         rows = [row for row in summary if row["task"] == task]
@@ -158,10 +158,12 @@ def signs(r):
     return [sign for sign, shown in found.items() if shown]
 
 
-def suspects(records, n=8):
-    """Completions with a reward and a sign: the most signs first, then the best paid; each text once."""
+def suspects(records, n=4):
+    """Completions with a reward and a sign, each text once: n that are wrong and n that are right, the most signs first, then the
+    best paid."""
     paid = [(r, signs(r)) for r in {r["completion"]: r for r in records}.values() if r["reward"] > 0]
-    return sorted([(r, s) for r, s in paid if s], key=lambda pair: (-len(pair[1]), -pair[0]["reward"]))[:n]
+    odd = sorted([(r, s) for r, s in paid if s], key=lambda pair: (-len(pair[1]), -pair[0]["reward"]))
+    return [pair for right in (0, 1) for pair in [(r, s) for r, s in odd if r["correct"] == right][:n]]
 
 
 def pairs(records):
@@ -181,15 +183,17 @@ def pairs(records):
 STYLE = """
 :root { color-scheme: light; --line: #e3e5e8; --soft: #f6f7f8; --dim: #667; }
 * { box-sizing: border-box }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2026; max-width: 1180px; margin: 2.2rem auto 5rem; padding: 0 1.4rem }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2026; max-width: 1280px; margin: 2.2rem auto 5rem; padding: 0 1.4rem }
 h1 { font-size: 1.7rem; margin: 0 } h2 { font-size: 1.2rem; margin: 2.6rem 0 .7rem } p { margin: .2rem 0 .8rem; color: var(--dim) }
 .scroll { overflow-x: auto } table { border-collapse: collapse; margin-bottom: 1rem; font-variant-numeric: tabular-nums }
-th, td { padding: .34rem .8rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
+th, td { padding: .34rem .55rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 th { font-weight: 600; color: var(--dim); font-size: .85rem } .name { text-align: left }
-.bar { position: relative; display: inline-block; width: 110px; height: 11px; background: var(--soft); border-radius: 3px; margin-left: .7rem }
+.bar { position: relative; display: inline-block; width: 80px; height: 11px;
+       background: #e9ebee; border-radius: 3px; margin-left: .6rem }
 .bar i { position: absolute; inset: 0 auto 0 0; background: #0072B2; border-radius: 3px }
 .bar b { position: absolute; top: 4px; height: 3px; background: #1c2026 }
-details { margin: .2rem 0 } summary { cursor: pointer; color: #0072B2 } details table { margin: .6rem 0 1rem 1rem }
+.side { display: flex; flex-wrap: wrap; gap: 0 2.5rem } h3 { font-size: .95rem; margin: 1rem 0 .2rem }
+table { font-size: .87rem } td.name { white-space: normal; overflow-wrap: anywhere; min-width: 7rem }
 img { width: 100%; border: 1px solid var(--line); border-radius: 8px }
 .card { border: 1px solid var(--line); border-radius: 8px; margin: 0 0 1rem; overflow: hidden }
 .ask { background: var(--soft); padding: .5rem .9rem; border-bottom: 1px solid var(--line); white-space: pre-wrap; max-height: 9rem; overflow: auto }
@@ -206,7 +210,7 @@ pre { margin: 0; padding: .5rem .9rem .8rem; white-space: pre-wrap; overflow-wra
 def html_table(table, rows=()):
     """rows: those of the evaluation that the lines of its main table show; their accuracy gets a bar with its interval."""
     def cell(i, c, tag="td", more=""):
-        return f'<{tag}{" class=name" if i < 2 else ""}>{html.escape(written(c))}{more}</{tag}>'
+        return f'<{tag}{" class=name" if i < 1 + bool(rows) else ""}>{html.escape(written(c))}{more}</{tag}>'
     lines = ["".join(cell(i, c, "th") for i, c in enumerate(table[0]))]
     for k, line in enumerate(table[1:]):
         bar = ""
@@ -227,8 +231,8 @@ def one(r):
 
 def card(prompt, *completions, chips=()):
     two = " two" if len(completions) > 1 else ""
-    marks = "".join(f'<span class="chip bad">{html.escape(c)}</span>' for c in chips)
-    return (f'<div class=card><div class=ask>{marks}{" " if marks else ""}{html.escape(prompt)}</div>'
+    marks = "".join(f'<span class="chip {"good" if c == "learned" else "bad"}">{html.escape(c)}</span>' for c in chips)
+    return (f'<div class=card><div class=ask>{marks}{"<br>" if marks else ""}{html.escape(prompt)}</div>'
             f'<div class="body{two}">{"".join(map(one, completions))}</div></div>')
 
 
@@ -244,7 +248,8 @@ def page(runs, results):
         summary = json.loads(Path(results).read_text())
         main_table, *others = tables(summary)
         out.append(html_table(main_table, summary))
-        out += [f"<details open><summary>{' '.join(table[0][:2])}</summary>{html_table(table)}</details>" for table in others]
+        out.append("<div class=side>" + "".join(f"<div><h3>{' '.join(table[0][:2])}</h3>{html_table([line[1:] for line in table])}</div>"
+                                                for table in others) + "</div>")
     picture = io.BytesIO()                                                                                           # 2
     draw(runs).savefig(picture, format="svg", facecolor="white")
     out.append("<h2>Training</h2><p>Faint: every step. Strong: running mean. Points: held-out rows.</p>"
@@ -265,7 +270,7 @@ def page(runs, results):
         out += [card("", *pair) for pair in list(zip(first, last))[:3]]
     if changed:
         out.append("<h2>Before and after</h2>")
-        out += [card(f"{title.upper()}  ·  {a['prompt']}", a, b) for title, a, b in changed]
+        out += [card(a["prompt"], a, b, chips=[title]) for title, a, b in changed]
     if records:                                                                                                      # 5
         of_last = sorted((r for r in records if r["model"] == records[-1]["model"]), key=lambda r: -r["reward"])
         for title, some in (("Best", of_last[:3]), ("Worst", of_last[:-4:-1])):

@@ -259,7 +259,7 @@ def test_several_models_stand_side_by_side_and_are_compared_on_the_same_problems
     first, second = json.loads((tmp_path / "e.json").read_text())
     assert (first["accuracy"], second["accuracy"]) == (0.25, 0.25)
     assert "p" not in first and (second["better"], second["worse"], second["p"]) == (1, 1, 1.0)
-    assert re.search(r"/b +countdown .* 1 +1 +1$", capfd.readouterr().out, re.MULTILINE)
+    assert re.search(r"/b +countdown .* 1 : 1 +1$", capfd.readouterr().out, re.MULTILINE)
 
 
 def test_a_toy_checkpoint_is_evaluated_end_to_end_and_batches_change_nothing(folder, tmp_path):
