@@ -98,6 +98,7 @@ def tidy(text):
     text = re.sub(r"\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|\\?%", " ", text)  # degrees, percent
     text = re.sub(r"(?<=[^\s,=])\s*\\text\s*\{[^{}]*\}(?:\s*\^\s*\{?[0-9]\}?)?(?=\s*(?:,|$))", " ", text)  # units
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"(?<=[0-9}])\s+(?:cm|mm|km|kg|ft|in|mi|ml|mL)\b(?:\s*\^\s*\{?[23]\}?)?\s*$", "", text)
     text = re.sub(r"\\(frac|sqrt)\s*([0-9a-zA-Z])", r"\\\1{\2}", text)
     text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}", text)
     text = re.sub(r"(?<![\\a-zA-Z])(sqrt|pi|sin|cos|tan|log|ln)(?![a-zA-Z])", r"\\\1", text)
@@ -112,6 +113,10 @@ def tidy(text):
 # ---------------------------------------------------------------------------------------------- shape
 
 NAME = re.compile(r"([a-zA-Z](?:_\w)?(?:\([a-zA-Z]\))?|\([a-zA-Z](?:,[a-zA-Z])+\))(?:=|\\in(?![a-z]))")
+
+
+INTERVALS = {"()", "(]", "[)", "[]", "union"}
+INEQUALITY = re.compile(r"[<>]|\\[lg]e(?![a-z])")
 
 
 def split(text, at=","):
@@ -175,8 +180,9 @@ def equal(gold, said):
 
 def same(gold, said, percent=(False, False)):
     (kind, golds), (said_kind, saids) = shape(gold), shape(said)
-    if kind != said_kind or len(golds) != len(saids):
-        return related(gold) and related(said) and verified(gold, said)
+    if kind != said_kind or len(golds) != len(saids):  # an interval may be written as inequalities, or the other way round
+        gold, said = (NAME.sub("", text, 1) if NAME.match(text) else text for text in (gold, said))
+        return "value" in (kind, said_kind) and {kind, said_kind} & INTERVALS != set() and INEQUALITY.search(gold + said) is not None and verified(gold, said)
     if kind == "value":
         return same_value(golds[0], saids[0], percent)
     if kind not in ("set", "union"):

@@ -174,8 +174,9 @@ def math_(said, row):
     - where the gold is one value, a list or set of guesses, `18 or 20`, two boxes, or a false equation is wrong; `x=5` is 5
     - a numeric answer must be exact, not rounded; it may be written in all the ways of gsm8k's
     """
-    gold, value = math_gold(row), number(said)
-    return value is not None and value == number(gold) or mathematics.equal(gold, said)
+    gold, units_are_words = math_gold(row), not re.search(r"[0-9)}]\s*[a-zA-Z]{1,2}(?![a-zA-Z])|[0-9][a-zA-Z]", said[:200])
+    value = number(said) if units_are_words else None  # `5r` and `2 ab` are products
+    return value is not None and value == number(mathematics.tidy(gold)) or mathematics.equal(gold, said)
 
 
 MARKS = re.compile(r"\\boxed\{|\\text\{|[*${}]")
