@@ -907,7 +907,9 @@ def train(args, argv):
                 fail(f"{bad} gradients in a row are not finite: lower --lr, and look at step {done} in {args.output_dir}/samples.jsonl")
             if args.save_every and done % args.save_every == 0:
                 save_checkpoint(run, done)
-            if any(gather(bool(stop))):
+            stops = sum(gather(list(stop)), [])
+            if stops:
+                stop += stops
                 raise KeyboardInterrupt
             evaluate(done)
     except KeyboardInterrupt:
