@@ -441,9 +441,9 @@ def write_files(args, rows, records, summary, rates):
         name = [re.sub(r"\W+", "-", model).strip("-")] * (len(args.model) > 1) + [task] * (len(rates) > len(args.model))
         files[".".join([stem, *name, "pass_rates.jsonl"])] = [{**rows[i], "pass_rate": rate[i]} for i in rate]
     for path, lines in {f"{stem}.samples.jsonl": records, **files}.items():
-        with open(path, "w") as f:
+        with open(path, "w", encoding="utf-8") as f:
             f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    Path(args.output).write_text(json.dumps(summary, indent=1, ensure_ascii=False))
+    Path(args.output).write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
     return [args.output, f"{stem}.samples.jsonl", *files]
 
 
@@ -459,7 +459,7 @@ def main(argv=None):
     so_far = args.output.removesuffix(".json") + (f".samples.{rank}.jsonl" if rank else ".samples.jsonl")
     try:
         os.makedirs(os.path.dirname(so_far) or ".", exist_ok=True)
-        file = open(so_far, "w")
+        file = open(so_far, "w", encoding="utf-8")
     except OSError as e:
         fail(f"--output {args.output}: cannot be written ({e.strerror})")
     records, others = [], []

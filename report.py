@@ -48,6 +48,18 @@ def read_lines(path):
                 fail(f"{path}, line {number}: not JSON")
 
 
+def read_summary(path):
+    try:
+        summary = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not all({"model", "task", "accuracy", "by", "behaviour"} <= set(row) for row in summary) or not summary:
+            raise ValueError
+    except OSError:
+        fail(f"{path}: no such file; eval.py --model ... --output {path} writes it")
+    except (ValueError, TypeError, LookupError):
+        fail(f"{path}: not a file that eval.py --output wrote")
+    return summary
+
+
 def read_metrics(run):
     path = Path(run, "metrics.jsonl")
     if not path.is_file():
@@ -245,7 +257,7 @@ def page(runs, results):
         records = list(read_lines(samples)) if os.path.exists(samples) else []
         out.append("<h2>Held-out accuracy</h2><p>Black: 95 % interval. Better and worse: problems solved more or less often than by "
                    "the first model; p: McNemar's exact test of that split, above 0.05 it may well be chance.</p>")
-        summary = json.loads(Path(results).read_text())
+        summary = read_summary(results)
         main_table, *others = tables(summary)
         out.append(html_table(main_table, summary))
         out.append("<div class=side>" + "".join(f"<div><h3>{' '.join(table[0][:2])}</h3>{html_table([line[1:] for line in table])}</div>"
@@ -290,10 +302,10 @@ def main(argv=None):
     if [args.table, args.curves, args.report].count(None) != 2:
         p.error("one of --table FILE, --curves RUN ..., --report RUN ...")
     if args.table:
-        return print(*("\n" + show(table) for table in tables(json.loads(Path(args.table).read_text()))), sep="\n")
+        return print(*("\n" + show(table) for table in tables(read_summary(args.table))), sep="\n")
     output = Path(args.output or ("runs/curves.png" if args.curves else "runs/report.html"))
-    if args.results and not os.path.exists(args.results):
-        fail(f"--results {args.results}: no such file; make it with eval.py --model ... --output {args.results}")
+    if args.results:
+        read_summary(args.results)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if args.curves:

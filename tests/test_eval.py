@@ -1,7 +1,12 @@
 import itertools
 import json
 import math
+import os
 import re
+import socket
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -201,6 +206,25 @@ def test_a_try_is_a_hit_only_if_it_truly_solves_the_problem():
     assert counts("First 2 * 2 = 4, then 4 + 4 = 8", [2, 2, 4], 8)["hits"] == 1
 
 
+@pytest.mark.parametrize("name, text", [
+    ("checks", "3*8=24. Let me check: 24 is right."), ("checks", "So 12. I verified it."), ("checks", "5+3=8 ok\n"),
+    ("goes back", "Wait, that uses 3 twice."), ("goes back", "That doesn't work, try another."), ("checks, goes back", "5+3=8 no\n5+2=7 ok\n"),
+    ("sets sub-goals", "First, find the price of one."), ("sets sub-goals", "Step 1: the area."),
+    ("sets sub-goals", "We need to find the radius."), (None, "3 boxes of 4 make 12 apples. Noah has 2 more."),
+    (None, "He waited at the station, and no one came to look.")])
+def test_behaviours_go_by_the_phrases_in_the_reasoning(name, text):
+    row = {"task": "gsm8k", "question": "?", "answer": "#### 1"}
+    shown = ev.behaviour(say(text, "Wait, step 1: let me check"), row, "reasoning")
+    assert [n for n, yes in shown.items() if yes] == (name.split(", ") if name else [])
+
+
+def test_nothing_a_model_writes_takes_long_to_read():
+    row, start = {"task": "countdown", "nums": [1, 2, 3], "target": 6}, time.perf_counter()
+    for text in ("1+" * 50_000 + "=", "(" * 100_000, "1=1 " * 25_000, "wait " * 20_000, "1+2=3\n" * 15_000, "\n" * 100_000):
+        ev.behaviour(text, row, "reasoning")
+    assert time.perf_counter() - start < 10
+
+
 # ---------------------------------------------------------------- the whole script
 
 FIELDS = {"model", "task", "n", "accuracy", "accuracy_low", "accuracy_high", "accuracy_flexible", "format", "pass_at_k",
@@ -289,6 +313,57 @@ def test_strict_and_flexible_part_where_the_form_is_wrong(folder, tmp_path, monk
     assert (row["accuracy"], row["accuracy_flexible"], row["format"]) == (0.5, 1.0, 0.5)
 
 
+SOLVED = {
+    "countdown": {"nums": [3, 5, 8], "target": 64, "solution": "(5+3)*8"},
+    "gsm8k": {"question": "Tom has 3 bags of 4 apples. How many?", "answer": "He has 3*4=<<3*4=12>>12.\n#### 12"},
+    "math": {"problem": "What is half of one?", "solution": "It is $\\boxed{\\frac{1}{2}}$."},
+    "arc": {"question": "What is hot?", "choices": {"text": ["ice", "fire"], "label": ["A", "B"]}, "answerKey": "B"},
+    "code": {"text": "Write f that doubles.", "test_list": ["assert f(2) == 4"], "test_setup_code": "",
+             "code": "def f(x):\r\n    return 2 * x"},
+}
+
+
+@pytest.mark.parametrize("style", rewards.STYLES)
+def test_the_shots_of_every_task_are_right_and_in_the_asked_for_form(style):
+    for task, row in SOLVED.items():
+        problem, solution = ev.solved({**row, "task": task}, style)
+        assert problem == rewards.messages(task, row, style)[-1] and "<<" not in solution["content"]
+        parts = rewards.score(task, solution["content"], row, style)
+        assert parts["correct"] == parts["format"] == 1, task
+
+
+def test_shots_stand_before_the_problem_as_turns_and_only_before_those_of_their_task(folder, tmp_path, monkeypatch):
+    (tmp_path / "gsm8k").mkdir()
+    write(tmp_path / "gsm8k" / "train.jsonl", [SOLVED["gsm8k"], {"question": "Never shown", "answer": "#### 1"}])
+    prompts = []
+    speak(monkeypatch, folder, lambda prompt, s: prompts.append(prompt) or say("x", "10"))
+    ev.main(["--model", str(folder / "a"), "--data", f"gsm8k={folder}/gsm8k.jsonl", f"countdown={folder}/countdown:1",
+             "--shots", f"gsm8k={tmp_path}/gsm8k:1", "--output", str(tmp_path / "e.json"), "--batch_size", "1"])
+    turns = [re.findall(r"<\|(system|user|assistant)\|>", p) for p in prompts]
+    assert sorted(map(tuple, turns)) == [("system", "user", "assistant")] + [("system", "user", "assistant", "user", "assistant")] * 2
+    shot = "<|assistant|><reasoning>He has 3*4=12.</reasoning>\n<answer>12</answer><|end|>"
+    assert sum(shot in p for p in prompts) == 2 and not any("Never shown" in p for p in prompts)
+
+
+def test_two_processes_give_the_bytes_of_one(folder, tmp_path):
+    """As under torchrun, whose own start would take as long again."""
+    argv = ["--model", str(folder / "a"), str(folder / "b"), "--data", f"countdown={folder}/countdown", f"gsm8k={folder}/gsm8k.jsonl:1",
+            "--samples", "2", "--temperature", "1", "--max_new_tokens", "8", "--output"]
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([sys.executable, ev.__file__, *argv, str(tmp_path / "two.json")], env={**env, "RANK": str(rank)},
+                              stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for rank in range(2)]
+    ev.main(argv + [str(tmp_path / "one.json")])
+    for process in ranks:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+    assert (tmp_path / "one.samples.jsonl").read_bytes() == (tmp_path / "two.samples.jsonl").read_bytes()
+    assert not list(tmp_path.glob("two.samples.1*"))
+
+
 def test_an_adapter_folder_is_base_and_adapter_merged(folder, tmp_path):
     peft = pytest.importorskip("peft")
     base = LlamaForCausalLM.from_pretrained(folder / "a")
@@ -351,6 +426,9 @@ def test_wrong_input_gets_one_line_and_exit_code_2_before_any_model_loads(folder
     save_tokenizer(tmp_path / "untemplated", chat_template=None)
     (tmp_path / "broken.jsonl").write_text('{"nums": [1, 2], "target": 3}\n{"nums": [1,\n')
     (tmp_path / "file").write_text("")
+    write(tmp_path / "unsolved.jsonl", [{"nums": [1, 2], "target": 3}])
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "gone")}))
     cases = [({"--samples": ["0"]}, "--samples 0"), ({"--samples": ["4"]}, "--temperature 1"),
              ({"--temperature": ["-1"]}, "--temperature -1"), ({"--temperature": ["nan"]}, "--temperature nan"),
              ({"--max_new_tokens": ["0"]}, "--max_new_tokens 0"), ({"--batch_size": ["0"]}, "--batch_size 0"),
@@ -362,7 +440,9 @@ def test_wrong_input_gets_one_line_and_exit_code_2_before_any_model_loads(folder
              ({"--data": [f"countdown={tmp_path}/broken.jsonl"]}, "broken.jsonl"), ({"--data": ["chess"]}, "chess"),
              ({"--data": [f"gsm8k={folder}/countdown"]}, "question"),
              ({"--output": [str(tmp_path / "file" / "e.json")]}, "--output"), ({"--output": ["e.txt"]}, ".json"),
-             ({"--style": ["rhyme"]}, "rhyme"), ({"--forbid_after": ["a"]}, "--forbid_after"),
+             ({"--style": ["rhyme"]}, "rhyme"), ({"--shots": ["8"]}, "TASK"), ({"--chat_template": ["none.jinja"]}, "none.jinja"),
+             ({"--shots": [f"countdown={tmp_path}/unsolved.jsonl"]}, "solution"), ({"--model": [str(folder / "a")] * 2}, "twice"),
+             ({"--model": [str(tmp_path / "adapter")]}, "adapter"), ({"--forbid_after": ["a"]}, "--forbid_after"),
              ({"--forbid_after": ["ab", "c"]}, "[2, 1] tokens"), ({"--speed": ["1"]}, "--speed")]
     for change, said in cases:
         argv = [a for flag, values in {**good, **change}.items() if values for a in (flag, *values)]
