@@ -37,6 +37,7 @@ from rows import DataError, check, read as read_rows
 
 STYLES = ("reasoning", "think")
 WEIGHTS = {"correct": 1.0, "format": 0.5, "length": 0.1, "process": 0.0, "efficiency": 0.0}
+TAGS = {style: re.compile(rf"(</?(?:{style}|answer)>)") for style in STYLES}
 LENGTH = (500, 800)  # tokens that cost nothing, tokens at which the length part has fallen to -1
 
 
@@ -90,7 +91,7 @@ def answer(text, style="reasoning", strict=True, labels=None):
 
 def expression(said, row):
     """(value, shortest text, text) of a countdown answer that keeps to the rules, whatever its value; else None."""
-    said = re.sub(r"[^\S ]", " ", mathematics.plain_signs(said)).strip() if len(said) < 2000 else ""
+    said = re.sub(r"[^\S ]", " ", mathematics.plain_signs(said)).strip() if len(said) < 2000 else ""  # any Unicode space is a space
     body, equals, result = said.partition("=")
     if not 0 < len(said) <= 200 or "." in body or equals and result.strip() != str(row["target"]):
         return None
@@ -122,7 +123,9 @@ NO_UNIT = frozenset("""or and not no is isn to than plus minus times over point 
 
 @lru_cache(8192)
 def one_number(text):
-    if any(c.isnumeric() and not c.isascii() for c in text):
+    if re.fullmatch("-?[0-9]+", text):
+        return int(text)
+    if not text.isascii() and any(c.isnumeric() and not c.isascii() for c in text):
         return None
     text = re.sub(r"\s", " ", text.strip().replace("\u2212", "-").replace("\\!", ""))
     text = re.sub(r"(?<=[0-9])(?:(\{,\})|\\,)(?=[0-9])", lambda match: "," if match[1] else " ", text)
@@ -212,10 +215,8 @@ def code(said, row):
 
 def format_part(text, style):
     """1.0: one non-empty reasoning block, then one non-empty answer block, and white space; no tag repeated or nested."""
-    tags = [f"<{style}>", f"</{style}>", "<answer>", "</answer>"]
-    pieces = re.split("(" + "|".join(tags) + ")", text)
-    filled = [bool(piece.strip()) for piece in pieces[::2]]
-    return float(pieces[1::2] == tags and filled == [False, True, False, True, False])
+    pieces = TAGS[style].split(text)
+    return float(pieces[1::2] == [f"<{style}>", f"</{style}>", "<answer>", "</answer>"] and [not piece or piece.isspace() for piece in pieces[::2]] == [True, False, True, False, True])
 
 
 def length_part(n_tokens, length=LENGTH):
@@ -225,8 +226,10 @@ def length_part(n_tokens, length=LENGTH):
 
 
 TERM = r"(?:-?\(+)?-?[0-9]{1,12}(?:\.[0-9]{1,9})?\)*"
-SIDE = rf"{TERM}(?:[-+*/]{TERM})*"
-EQUATIONS = re.compile(rf"(?<![-+*/^=.()\w\\]){SIDE}(?:={SIDE})+(?![-+*/^(\w\\]|\.[0-9])")
+SIDE = rf"{TERM}(?: ?[-+*/] ?{TERM})*"
+EQUATIONS = re.compile(rf"(?<![-+*/^=.()\w\\])(?<![-+*/^=(] ){SIDE}(?: ?= ?{SIDE})+(?![\w(^\\]| ?[-+*/^]|\.[0-9])")
+STEP, OPERAND = re.compile("[0-9)][-+*/]"), re.compile("[0-9.]+")  # of a side that is more than a number
+BULLETS, TIMES, GROUPS = re.compile("(?m)^ ?[-*\u2022] "), re.compile("(?<=[0-9]) ?[xX] ?(?=[0-9])"), re.compile("(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 
 
 def take(pool, operands, result):
@@ -236,7 +239,7 @@ def take(pool, operands, result):
         if operand not in pool:
             return None
         pool.remove(operand)
-    return tuple(sorted([*pool, result]))
+    return [*pool, result]
 
 
 def process_part(text, style, nums=None):
@@ -244,29 +247,31 @@ def process_part(text, style, nums=None):
 
     Repeating one earns nothing more. With `nums` (countdown) the operands must also be at hand at that point: given numbers, or
     results of true equations so far, each used up by the step that takes it. A step may go on from any point reached before, so
-    that several tries start afresh. At most 200 equations of the first 50,000 characters count.
+    that several tries start afresh. At most 200 equations of the first 20,000 characters count.
     """
-    text = text[:max(text.rfind(f"</{style}>"), 0)][:50_000].rpartition(f"<{style}>")[2]
+    text = text[:max(text.rfind(f"</{style}>"), 0)][:20_000].rpartition(f"<{style}>")[2]
     if "=" not in text:
         return 0.0
-    text = mathematics.plain_signs(text).replace("$", " ")
-    text = re.sub(r"(?m)^[ \t]*[-*\u2022][ \t]+|(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)  # bullets, 1,000
-    text = re.sub(r"[ \t]*([-+*/=])[ \t]*", r"\1", re.sub(r"(?<=[0-9]) ?[xX] ?(?=[0-9])", "*", text))
-    pools, verdicts = [tuple(sorted(map(Fraction, nums or ())))], {}
+    text = BULLETS.sub("", re.sub(r"[ \t]+", " ", mathematics.plain_signs(text).replace("$", " ")))
+    text = GROUPS.sub("", TIMES.sub("*", text))
+    pools, verdicts = [sorted(nums or ())], {}
     for chain in EQUATIONS.findall(text):
-        sides = [(side, mathematics.evaluate(side)) for side in chain.split("=")]
-        for pair in zip(sides, sides[1:]):
-            written = [side for side, _ in pair if re.search("[0-9)][-+*/]", side)]  # the sides that are not just a number
-            key = tuple(found[1] if found else side for side, found in pair)
-            if not written or key in verdicts or len(verdicts) >= 200:
+        sides = chain.replace(" ", "").split("=")
+        for one, other in zip(sides, sides[1:]):
+            written = [side for side in (one, other) if not side.isdecimal() and STEP.search(side)]
+            if not written or len(verdicts) >= 200:
                 continue
-            (_, left), (_, right) = pair
+            left, right = mathematics.evaluate(one), mathematics.evaluate(other)
+            key = (left[1] if left else one, right[1] if right else other)  # `2 + 3` and `(2+3)` are the same
+            if key in verdicts:
+                continue
             verdicts[key] = left is not None and right is not None and left[0] == right[0]
             if verdicts[key] and nums is not None:
-                steps = [list(map(Fraction, re.findall("[0-9.]+", side))) for side in written]
-                reached = [[after for pool in pools if (after := take(pool, step, abs(left[0])))] for step in steps]
-                verdicts[key] = all(reached)
-                pools += reached[0][:64 - len(pools)] if all(reached) else []
+                for side in written:
+                    operands = [Fraction(number) if "." in number else int(number) for number in OPERAND.findall(side)]
+                    reached = [after for pool in pools if (after := take(pool, operands, abs(left[0])))]
+                    verdicts[key] = verdicts[key] and bool(reached)
+                pools += reached[:64 - len(pools)] if verdicts[key] else []
     return sum(verdicts.values()) / len(verdicts) if verdicts else 0.0
 
 
