@@ -150,7 +150,7 @@ def parse_args(argv=None):
     a = p.parse_args(argv)
     for name, low in dict(prompts_per_step=1, max_new_tokens=1, temperature=1e-3, temperature_end=1e-3, max_resample=0, clip_low=0,
                           sample_batch_size=1, clip_high=0, beta=0, steps=1, inner_epochs=1, micro_batch_size=1, lr=0, warmup=0,
-                          max_grad_norm=0, lora_rank=0, lora_alpha=0, eval_every=1, save_every=0, keep=1, sample_every=1, seed=0).items():
+                          max_grad_norm=0, lora_rank=0, lora_alpha=1e-3, eval_every=1, save_every=0, keep=1, sample_every=1, seed=0).items():
         if getattr(a, name) is not None and not low <= getattr(a, name) < math.inf:
             fail(f"--{name} {getattr(a, name)}: must be at least {low}")
     for wrong, message in (
@@ -381,7 +381,20 @@ def gather(x):
 
 def rollout(run, data, indices, step, temperature, first_row=0):
     """Scored completions, a group for each index into data; temperature 0: greedy, one for each. Processes share the work and
-    all return all of it, so that from here on every one of them computes the same."""
+    all return all of it, so that from here on every one of them computes the same. If one is to stop, all do."""
+    try:
+        share = rollout_share(run, data, indices, step, temperature, first_row)
+    except KeyboardInterrupt as stop:
+        share = stop
+    shares = gather(share)
+    for share in shares:
+        if isinstance(share, KeyboardInterrupt):
+            raise share
+    return [r for slot in range(len(indices)) for r in shares[slot % WORLD][slot // WORLD]]
+
+
+def rollout_share(run, data, indices, step, temperature, first_row):
+    """This process's groups of a rollout."""
     args, size = run.args, run.args.group_size if temperature else 1
     mine, out = range(RANK, len(indices), WORLD), []
     while mine:
@@ -409,8 +422,7 @@ def rollout(run, data, indices, step, temperature, first_row=0):
                                     n_tokens=[len(x) for x in ids], length=args.length_penalty)                            # 3
         out += [[Rollout(indices[slot], data[indices[slot]]["prompt_ids"], ids[k], logps[k], ids[k][-1] in run.eos_ids,
                          texts[k], parts[k]) for k in range(j * size, (j + 1) * size)] for j, slot in enumerate(part)]
-    shares = gather(out)
-    return [r for slot in range(len(indices)) for r in shares[slot % WORLD][slot // WORLD]]
+    return out
 
 
 def collect(run, step, temperature):
@@ -420,7 +432,7 @@ def collect(run, step, temperature):
     trained, first, drawn = [], [], []
     for _ in range(1 + args.max_resample):
         indices = run.curriculum.draw(args.prompts_per_step - len(trained) // G, {r.index for r in drawn})                 # 1
-        new = rollout(run, run.data, indices, step, temperature, first_row=len(drawn))
+        new = rollout(run, run.data, indices, step, temperature, len(drawn))
         first, drawn = first or new, drawn + new
         trained += [r for at in range(0, len(new), G) if not dead(new[at:at + G]) for r in new[at:at + G]]
         if len(trained) == args.prompts_per_step * G:
@@ -624,7 +636,7 @@ def update(run, trained, temperature, lr):
             run.optimizer.zero_grad()
             run.model.zero_grad()                               # what an error left there
             try:
-                sums = backward(run, batches, temperature, num_tokens, len(trained), (lambda: None) if epoch else run.check)
+                sums = backward(run, batches, temperature, num_tokens, len(trained), (lambda: None) if epoch or WORLD > 1 else run.check)
                 break
             except torch.OutOfMemoryError:
                 if args.fsdp or max(len(b["ids"]) for b in batches) == 1:
@@ -867,12 +879,12 @@ def train(args, argv):
 
     def on_signal(number, frame):
         stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        note("stopping: saving a checkpoint first; once more leaves at once")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)            # SIGTERM may come twice, from a cluster and from torchrun
+        note("stopping: saving a checkpoint first; Ctrl-C leaves at once")
 
     def check():
-        if stop and WORLD == 1:                                 # several processes stop together, between steps
-            raise KeyboardInterrupt
+        if stop:
+            raise KeyboardInterrupt(stop[0])
 
     def evaluate(step):
         if eval_data and (step % args.eval_every == 0 or step == args.steps):
@@ -907,17 +919,16 @@ def train(args, argv):
                 fail(f"{bad} gradients in a row are not finite: lower --lr, and look at step {done} in {args.output_dir}/samples.jsonl")
             if args.save_every and done % args.save_every == 0:
                 save_checkpoint(run, done)
-            stops = sum(gather(list(stop)), [])
-            if stops:
-                stop += stops
-                raise KeyboardInterrupt
+            for number in sum(gather(list(stop)), []):
+                raise KeyboardInterrupt(number)
             evaluate(done)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as err:
         save_checkpoint(run, done)
+        gather(0)                                               # torchrun ends all of them when one leaves
         again = [x for x in argv if x not in ("--resume", "--overwrite")]
         launch = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', WORLD)}" if WORLD > 1 else "python"
         note(f"stopped after step {done} of {args.steps}; go on with: {launch} grpo.py {shlex.join(again)} --resume")
-        raise SystemExit(128 + (stop or [signal.SIGINT])[0])
+        raise SystemExit(128 + err.args[0])
     finally:
         bar.close()
         for s, handler in handlers.items():
