@@ -1,0 +1,678 @@
+"""Nothing is lost: kills, full disks, signals, bad gradients, too little memory, several processes, bad input."""
+import contextlib
+import json
+import math
+import os
+import pickle
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import grpo
+import toys
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork
+CLOCK = {"sample_seconds", "update_seconds", "step_seconds", "sample_tokens_per_s", "update_tokens_per_s", "peak_memory_gb"}
+
+
+def coin(tasks, texts, rows, n_tokens, **_):
+    """A reward that random text earns now and then, so that groups, pass rates and advantages differ."""
+    right = [float(zlib.crc32(text.encode()) % 3 == 0) for text in texts]
+    return [{"correct": x, "format": 0.0, "reward": x - n / 100} for x, n in zip(right, n_tokens)]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return toys.save(tmp_path_factory.mktemp("toy"), max_position_embeddings=160)
+
+
+@pytest.fixture(autouse=True)
+def coins(request, monkeypatch):
+    monkeypatch.setattr(grpo.rewards, "score_batch", coin)
+
+
+def flags(toy, out, *more, steps=4):
+    return ["--model", str(toy / "model"), "--data", f"countdown={toy}/countdown", "--output_dir", str(out), "--steps", str(steps),
+            "--prompts_per_step", "3", "--group_size", "4", "--max_new_tokens", "10", "--lr", "1e-3", "--warmup", "2", "--temperature_end",
+            "0.8", "--micro_batch_size", "4", "--save_every", "1", *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def whole(toy, tmp_path_factory):
+    """A run that nothing happened to, of 8 steps."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo.rewards, "score_batch", coin)
+        grpo.main(flags(toy, out, "--keep", 9, *evaluated(toy), steps=8))
+    return out
+
+
+def evaluated(toy):
+    return "--eval_data", f"countdown={toy}/countdown", "--eval_every", 3
+
+
+def weights(folder):
+    return {k: v for f in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+def far(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys() and a
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+def metrics(out):
+    """metrics.jsonl without what a clock says."""
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in toys.read(Path(out) / "metrics.jsonl")]
+
+
+def assert_same_run(out, whole):
+    assert far(out, whole) == 0 and metrics(out) == metrics(whole)
+    assert toys.read(out / "samples.jsonl") == toys.read(whole / "samples.jsonl")
+    assert not list(out.glob("tmp-*"))
+
+
+def fork(argv, env=(), rank=0, world=1, before=lambda: None):
+    """main(argv) in a process that need not import torch once more. -> its id"""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.environ.update(env)
+        grpo.RANK, grpo.WORLD = rank, world
+        before()
+        grpo.main(argv)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def exit_code(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def together(world, argv, before=lambda rank: None):
+    """The same command in `world` processes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    pids = [fork(argv, env | {"RANK": str(r), "LOCAL_RANK": str(r)}, r, world, lambda r=r: before(r)) for r in range(world)]
+    return [exit_code(pid) for pid in pids]
+
+
+def is_whole(folder):
+    with contextlib.suppress(OSError, ValueError):
+        return all(grpo.seal(folder / name) == seal for name, seal in json.loads((folder / "manifest.json").read_text()).items())
+    return False
+
+
+def whole_steps(out):
+    return [int(p.name[11:]) for p in grpo.checkpoints(Path(out)) if is_whole(p)]
+
+
+def refusal(argv, capfd):
+    """All that a command that is refused says: one line."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        grpo.main([str(a) for a in argv])
+    err = capfd.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in err and err.startswith("grpo.py: ") and err.count("\n") == 1, err
+    return err
+
+
+# ---------------------------------------------------------------- kills
+def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_bits(toy, whole, tmp_path):
+    argv = lambda *more: flags(toy, tmp_path / "cut", *evaluated(toy), *more, steps=8)
+    begun, rng, kills, finished = time.time(), random.Random(0), 0, 0
+    assert exit_code(fork(argv())) == 0
+    length = time.time() - begun
+    while kills < 20 or not finished:
+        start = "--resume" if whole_steps(tmp_path / "cut") and (kills or finished) else "--overwrite"
+        pid = fork(argv(start))
+        if kills < 20:
+            time.sleep(rng.uniform(0.1, 0.7) * length)
+            os.kill(pid, signal.SIGKILL)
+        code = exit_code(pid)
+        assert code in (0, -signal.SIGKILL)
+        kills += code == -signal.SIGKILL
+        if code == 0:
+            finished += 1
+            assert_same_run(tmp_path / "cut", whole)
+            shutil.rmtree(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("moment", ["half the model", "half the trainer", "no manifest", "not renamed", "old ones half gone", "half the lines"])
+def test_a_run_killed_in_the_middle_of_a_save_ends_with_the_same_bits(toy, whole, tmp_path, moment):
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def arm():
+        save_model, save, seal, append, rmtree, rename = grpo.save_model, torch.save, grpo.seal, grpo.append, shutil.rmtree, Path.rename
+
+        def at_4(real, path, half):
+            def patched(*args, **kwargs):
+                on = "checkpoint-4" in str(path(*args))
+                return half(*args) if on and real is rename else (real(*args, **kwargs), half(*args) if on else None)[0]
+            return patched
+
+        def cut(path):
+            os.truncate(path, path.stat().st_size // 2)
+            die()
+        if moment == "half the model":
+            grpo.save_model = at_4(save_model, lambda run, folder: folder, lambda run, folder: cut(folder / "model.safetensors"))
+        if moment == "half the trainer":
+            torch.save = at_4(save, lambda x, path: path, lambda x, path: cut(path))
+        if moment == "no manifest":
+            grpo.seal = at_4(seal, lambda path: path, die)
+        if moment == "not renamed":
+            Path.rename = at_4(rename, lambda path, to: to, die)
+        if moment == "old ones half gone":
+            def half_gone(path, *a, **k):
+                if Path(path).name == "checkpoint-3":
+                    (Path(path) / "trainer.pt").unlink()
+                    die()
+                rmtree(path, *a, **k)
+            shutil.rmtree = half_gone
+        if moment == "half the lines":
+            def half_a_line(args, name, rows):
+                append(args, name, rows)
+                if rows[0]["step"] == 4:
+                    cut(Path(args.output_dir) / name)
+            grpo.append = half_a_line
+    argv = flags(toy, tmp_path, *evaluated(toy), "--keep", 1, steps=8)
+    assert exit_code(fork(argv, before=arm)) == -signal.SIGKILL
+    assert whole_steps(tmp_path) == ([4] if moment == "old ones half gone" else [3])
+    if moment == "half the lines":  # the file lost steps that a checkpoint counts as done: only this step's line was to go
+        assert len(toys.read(whole / "metrics.jsonl")) > 4
+        lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "metrics.jsonl").write_text("".join(x for x in lines if json.loads(x)["step"] < 4) + '{"step": 4, "rew')
+    assert exit_code(fork([*argv, "--resume"])) == 0
+    assert_same_run(tmp_path, whole)
+    assert whole_steps(tmp_path) == [8]
+
+
+@pytest.mark.parametrize("more", [["--lora_rank", 4], ["--dtype", "bfloat16"], ["--optim", "adamw8bit"], ["--inner_epochs", 2],
+                                  ["--model", "DROPOUT", "--beta", 0]])
+def test_a_resumed_run_ends_with_the_same_bits(toy, tmp_path, more):
+    if "DROPOUT" in more:
+        toys.model(attention_dropout=0.2).save_pretrained(tmp_path / "dropout")
+        toys.tokenizer().save_pretrained(tmp_path / "dropout")
+        more = ["--model", tmp_path / "dropout", *more[2:]]
+    argv = lambda out, *extra: flags(toy, tmp_path / out, *more, "--save_every", 2, *extra)
+    grpo.main(argv("a"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b/checkpoint-4")
+    grpo.main(argv("b", "--resume"))
+    assert_same_run(tmp_path / "b", tmp_path / "a")
+
+
+# ---------------------------------------------------------------- damage and full disks
+@pytest.mark.parametrize("harm", [
+    lambda f: os.truncate(f / "model.safetensors", 5000), lambda f: (f / "trainer.pt").unlink(), lambda f: (f / "manifest.json").write_text("{"),
+    lambda f: (f / "trainer.pt").write_bytes((f / "trainer.pt").read_bytes()[:-1] + b"x"), lambda f: (f / "manifest.json").unlink()])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(toy, whole, tmp_path, capfd, harm):
+    shutil.copytree(whole, tmp_path / "x")
+    harm(tmp_path / "x/checkpoint-8")
+    grpo.main(flags(toy, tmp_path / "x", *evaluated(toy), "--keep", 1, "--resume", steps=8))
+    err = capfd.readouterr().err
+    assert err.count("is damaged") == 1 and "checkpoint-8 is damaged" in err.splitlines()[0] and "step 8 " in err and "step 7 " not in err
+    assert_same_run(tmp_path / "x", whole)
+    assert whole_steps(tmp_path / "x") == [8]
+
+
+def test_with_no_whole_checkpoint_a_run_does_not_go_on(toy, whole, tmp_path, capfd):
+    assert "no whole checkpoint" in refusal(flags(toy, tmp_path / "new", "--resume"), capfd)
+    for step in (7, 8):
+        shutil.copytree(whole / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+        os.truncate(tmp_path / f"checkpoint-{step}" / "trainer.pt", 100)
+    with pytest.raises(SystemExit) as stop:
+        grpo.main(flags(toy, tmp_path, "--resume"))
+    *noticed, last = capfd.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(noticed) == 2 and "no whole checkpoint" in last
+
+
+def test_a_full_disk_stops_with_one_line_and_the_run_goes_on_when_there_is_room(toy, whole, tmp_path, monkeypatch, capfd):
+    real = torch.save
+
+    def full(state, path):
+        Path(path).write_bytes(b"half")
+        if "checkpoint-3" in str(path):
+            raise OSError(28, "No space left on device")
+        real(state, path)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(torch, "save", full)
+        grpo.main(flags(toy, tmp_path, *evaluated(toy), "--keep", 1, steps=8))
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "No space left" in last and "checkpoint-3" in last and "--resume" in last
+    assert whole_steps(tmp_path) == [2] and not list(tmp_path.glob("tmp-*"))
+    grpo.main(flags(toy, tmp_path, *evaluated(toy), "--resume", steps=8))
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("name, save_every", [("trainer.pt", 2), ("model.safetensors", 2), ("model.safetensors", 0), ("metrics.jsonl", 0)])
+def test_a_file_that_cannot_be_written_stops_with_one_line(toy, whole, tmp_path, capfd, name, save_every):
+    """The kernel refuses to write the last bytes of a checkpoint, of the final model, of the metrics."""
+    limit = (whole / "checkpoint-8" / name if save_every else whole / name).stat().st_size - 500
+
+    def small():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    assert exit_code(fork(flags(toy, tmp_path, "--save_every", save_every, steps=12 if name == "metrics.jsonl" else 2), before=small)) == 2
+    err = capfd.readouterr().err
+    assert "Traceback" not in err and str(tmp_path) in err.splitlines()[-1] and err.splitlines()[-1].startswith("grpo.py: ")
+    assert not grpo.checkpoints(tmp_path) and not (tmp_path / "model.safetensors").exists()
+
+
+# ---------------------------------------------------------------- signals
+@pytest.mark.parametrize("number, name, call", [
+    (signal.SIGINT, "pick", 25), (signal.SIGTERM, "pick", 1), (signal.SIGTERM, "policy_loss", 5), (signal.SIGINT, "advantages", 3),
+    (signal.SIGTERM, "save_model", 2), (signal.SIGINT, "means", 5)])
+def test_a_stopped_run_saves_and_the_line_it_prints_goes_on(toy, whole, tmp_path, monkeypatch, capfd, number, name, call):
+    """In the middle of sampling, of the first evaluation, of an update, of a save."""
+    real, calls, handlers = getattr(grpo, name), [], [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+
+    def interrupted(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call:
+            signal.raise_signal(number)
+        return real(*args, **kwargs)
+    argv = flags(toy, tmp_path / "a b", *evaluated(toy), "--overwrite", steps=8)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(grpo, name, interrupted)
+        grpo.main(argv)
+    assert stop.value.code == 128 + number
+    assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == handlers
+    last = capfd.readouterr().err.splitlines()[-1]
+    python, script, *again = shlex.split(last.partition("go on with: ")[2])
+    assert (python, script) == ("python", "grpo.py") and "--resume" in again
+    done = whole_steps(tmp_path / "a b")[-1]
+    assert f"after step {done} of 8" in last and done < 8
+    grpo.main(again)
+    assert_same_run(tmp_path / "a b", whole)
+
+
+def test_a_second_signal_leaves_at_once(toy, tmp_path, capfd):
+    def slow():
+        generate = grpo.generate
+        grpo.generate = lambda *a, check, **k: [(time.sleep(0.1), (tmp_path / "asleep").touch()) for _ in range(50)] and generate(*a, **k)
+    pid = fork(flags(toy, tmp_path / "x"), before=slow)
+    while not (tmp_path / "asleep").exists():
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGINT)
+    err = ""
+    while "Ctrl-C leaves at once" not in err:
+        time.sleep(0.02)
+        err += capfd.readouterr().err
+    begun = time.time()
+    os.kill(pid, signal.SIGINT)
+    assert exit_code(pid) == -signal.SIGINT and time.time() - begun < 1 and not grpo.checkpoints(tmp_path / "x")
+
+
+# ---------------------------------------------------------------- runs that go wrong
+def spoil(monkeypatch, when):
+    """Losses of the steps for which `when` holds are not finite."""
+    real, step = grpo.update, []
+
+    def update(run, *args):
+        step.append(1)
+        run.poison = math.nan if when(len(step)) else 1.0
+        with monkeypatch.context() as patch:
+            loss = grpo.policy_loss
+            patch.setattr(grpo, "policy_loss", lambda *a, **k: (lambda x, parts: (x * run.poison, parts))(*loss(*a, **k)))
+            return real(run, *args)
+    monkeypatch.setattr(grpo, "update", update)
+
+
+def test_a_gradient_that_is_not_finite_is_not_used_and_counted(toy, tmp_path, monkeypatch, capfd):
+    spoil(monkeypatch, lambda step: step in (2, 3))
+    grpo.main(flags(toy, tmp_path, "--keep", 9))
+    saved = [weights(tmp_path / f"checkpoint-{k}") for k in (1, 2, 3, 4)]
+    moved = [any(not torch.equal(a[k], b[k]) for k in a) for a, b in zip(saved, saved[1:])]
+    assert moved == [False, False, True] and all(x.isfinite().all() for x in saved[-1].values())
+    rows = toys.read(tmp_path / "metrics.jsonl")
+    assert [row["skipped"] for row in rows] == [0, 1, 1, 0] and [row["grad_norm"] is None for row in rows] == [False, True, True, False]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert {row["step"] for row in toys.read(tmp_path / "samples.jsonl")} == {1, 2, 3}
+    assert capfd.readouterr().err.count("not finite") == 2
+
+
+def test_five_gradients_in_a_row_that_are_not_finite_stop_the_run(toy, tmp_path, monkeypatch, capfd):
+    spoil(monkeypatch, lambda step: step != 3)
+    with pytest.raises(SystemExit) as stop:
+        grpo.main(flags(toy, tmp_path, steps=20))
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "step 8" in last and f"{tmp_path}/samples.jsonl" in last and "--lr" in last
+    assert toys.read(tmp_path / "metrics.jsonl")[-1]["step"] == 8 == toys.read(tmp_path / "samples.jsonl")[-1]["step"]
+
+
+@pytest.mark.parametrize("right, words", [(0.0, ["no reward", "dead", "cut off", "KL above 1", "logp_gap"]), (1.0, ["nearly everything", "dead",
+                                          "cut off", "KL above 1", "logp_gap"])])
+def test_a_run_that_goes_wrong_says_so_once(toy, tmp_path, monkeypatch, capfd, right, words):
+    monkeypatch.setattr(grpo.rewards, "score_batch", lambda tasks, texts, rows, **_: [{"correct": right, "format": 0.0, "reward": right} for _ in texts])
+    monkeypatch.setattr(grpo, "update", lambda *_: {"kl": 3.0, "logp_gap": 0.5, "grad_norm": 1.0, "entropy": 1.0, "skipped": 0})
+    grpo.main(flags(toy, tmp_path, "--max_new_tokens", 2, "--save_every", 0, "--max_resample", 0, steps=45))
+    warned = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warned) == len(words) and all(sum(word in line for line in warned) == 1 for word in words), warned
+
+
+# ---------------------------------------------------------------- memory
+@pytest.mark.parametrize("more", [[], ["--lora_rank", 4], ["--inner_epochs", 2]])
+def test_too_little_memory_halves_the_micro_batch_and_the_update_is_the_same(toy, tmp_path, monkeypatch, capfd, more):
+    real, failed = grpo.policy_loss, []
+
+    def small(logp, *args, **kwargs):
+        loss, parts = real(logp, *args, **kwargs)
+        if len(logp) > 2:
+            loss.backward()  # what comes late has left gradients behind
+            failed.append(len(logp))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss, parts
+    argv = lambda out: flags(toy, tmp_path / out, "--micro_batch_size", 8, "--save_every", 0, *more, steps=2)
+    grpo.main(argv("enough"))
+    monkeypatch.setattr(grpo, "policy_loss", small)
+    capfd.readouterr()
+    grpo.main(argv("little"))
+    assert failed == [8, 4] and far(tmp_path / "enough", tmp_path / "little") < 1e-6
+    err = capfd.readouterr().err
+    assert err.count("--micro_batch_size 4") == err.count("--micro_batch_size 2") == 1
+
+
+def test_gradients_that_an_error_left_in_short_weights_are_dropped(toy, tmp_path, monkeypatch):
+    real, calls = grpo.Masters.take, []
+
+    def take(self, p):
+        calls.append(p)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(self, p)
+    argv = lambda out, size: flags(toy, tmp_path / out, "--dtype", "bfloat16", "--save_every", 1, "--micro_batch_size", size, "--lr", 1e-5, steps=1)
+    grpo.main(argv("enough", 8))
+    monkeypatch.setattr(grpo.Masters, "take", take)
+    grpo.main(argv("little", 16))
+    a, b = (torch.load(tmp_path / f"{x}/checkpoint-1/trainer.pt")["optimizer"]["state"] for x in ("enough", "little"))
+    assert all((a[i]["exp_avg"] - b[i]["exp_avg"]).norm() < 0.02 * a[i]["exp_avg"].norm() for i in a)
+
+
+def test_too_little_memory_to_sample_takes_fewer_prompts_at_a_time_and_the_samples_are_the_same(toy, whole, tmp_path, monkeypatch, capfd):
+    real, sizes = grpo.generate, []
+
+    def small(model, prompts, *args, **kwargs):
+        sizes.append(len(prompts))
+        if len(prompts) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, prompts, *args, **kwargs)
+    monkeypatch.setattr(grpo, "generate", small)
+    grpo.main(flags(toy, tmp_path, *evaluated(toy), steps=8))
+    assert toys.read(tmp_path / "samples.jsonl") == toys.read(whole / "samples.jsonl") and far(tmp_path, whole) < 1e-5
+    assert sorted(set(sizes)) == [1, 2, 4, 8] and capfd.readouterr().err.count("--sample_batch_size") == 3
+
+
+@pytest.mark.parametrize("name", ["policy_loss", "generate"])
+def test_where_no_half_is_left_one_line_says_what_to_change(toy, tmp_path, monkeypatch, capfd, name):
+    def none(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(grpo, name, none)
+    with pytest.raises(SystemExit) as stop:
+        grpo.main(flags(toy, tmp_path))
+    err = capfd.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in err and "--activation_checkpointing" in err.splitlines()[-1]
+
+
+# ---------------------------------------------------------------- several processes
+def uneven(rank):
+    """Rollouts take longer in some processes, and one of them runs out of memory once."""
+    generate, logps, failed = grpo.generate, grpo.policy_loss, []
+    rng = random.Random(rank)
+
+    def slow(*args, **kwargs):
+        time.sleep(rng.uniform(0, 0.05))
+        return generate(*args, **kwargs)
+
+    def small(logp, *args, **kwargs):
+        if rank == 1 and not failed and len(logp) > 1 and "--fsdp" not in sys.argv:
+            failed.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logps(logp, *args, **kwargs)
+    grpo.generate = slow
+    if grpo.UNEVEN_MEMORY:
+        grpo.policy_loss = small
+
+
+@pytest.mark.parametrize("world, more", [(2, []), (4, []), (2, ["--fsdp"]), (4, ["--fsdp"]), (2, ["--lora_rank", 4])])
+def test_several_processes_do_what_one_does(toy, tmp_path, monkeypatch, world, more):
+    monkeypatch.setattr(grpo, "UNEVEN_MEMORY", "--fsdp" not in more, raising=False)
+    argv = lambda out, *extra: flags(toy, tmp_path / out, "--max_resample", 2, *evaluated(toy), "--keep", 9, "--prompts_per_step", 4, *extra)
+    grpo.main(argv("one", *[x for x in more if x != "--fsdp"]))
+    assert together(world, argv("many", *more), uneven) == [0] * world
+    assert far(tmp_path / "one", tmp_path / "many") < 1e-5
+    one, many = metrics(tmp_path / "one"), metrics(tmp_path / "many")
+    assert len({row.get("groups_drawn") for row in one}) > 1 and len(one) == 7
+    for a, b in zip(one, many, strict=True):
+        assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-5) for k in a)
+    a, b = (torch.load(tmp_path / f"{x}/checkpoint-4/trainer.pt")["curriculum"] for x in ("one", "many"))
+    assert a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a) and len(set(a["passed"].tolist())) > 2
+    assert toys.read(tmp_path / "one/samples.jsonl") == [
+        {**row, "advantage": pytest.approx(row["advantage"])} for row in toys.read(tmp_path / "many/samples.jsonl")]
+
+
+@pytest.mark.parametrize("before, after", [((1, []), (2, [])), ((2, []), (1, [])), ((4, []), (2, ["--fsdp"])), ((2, ["--fsdp"]), (1, []))])
+def test_a_checkpoint_goes_on_in_another_number_of_processes(toy, whole, tmp_path, before, after):
+    def run(world, more, *extra):
+        argv = flags(toy, tmp_path, *evaluated(toy), "--keep", 9, *more, *extra, steps=8)
+        assert (together(world, argv) if world > 1 else [grpo.main(argv) or 0]) == [0] * world
+    run(*before)
+    for folder in grpo.checkpoints(tmp_path)[3:]:
+        shutil.rmtree(folder)
+    run(*after, "--resume")
+    assert far(tmp_path, whole) < 1e-5
+    assert [row["step"] for row in metrics(tmp_path)] == [row["step"] for row in metrics(whole)]
+
+
+def test_a_run_stopped_before_its_first_update_goes_on_sharded(toy, whole, tmp_path, monkeypatch):
+    real = grpo.advantages
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(grpo, "advantages", lambda *a: signal.raise_signal(signal.SIGTERM) or real(*a))
+        grpo.main(flags(toy, tmp_path, *evaluated(toy), steps=8))
+    assert whole_steps(tmp_path) == [0]
+    assert together(2, flags(toy, tmp_path, *evaluated(toy), "--fsdp", "--resume", steps=8)) == [0, 0]
+    assert far(tmp_path, whole) < 1e-5
+
+
+@pytest.mark.parametrize("where, who", [("append", [0]), ("generate", [1]), ("generate", [0, 1])])
+def test_several_processes_stop_together_and_go_on(toy, whole, tmp_path, capfd, where, who):
+    """Between steps, in the middle of sampling; whichever of them gets the signal, and though it comes twice."""
+    def early(rank):
+        real, calls = getattr(grpo, where), []
+
+        def stopped(*args, **kwargs):
+            calls.append(1)
+            if rank in who and len(calls) == (5 if where == "append" else 4):
+                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
+            return real(*args, **kwargs)
+        setattr(grpo, where, stopped)
+    argv = flags(toy, tmp_path, *evaluated(toy), "--save_every", 0, steps=8)
+    assert together(2, argv, early) == [128 + signal.SIGTERM] * 2
+    (done,) = whole_steps(tmp_path)
+    assert done in ([1, 2] if where == "generate" else [3]) and f"after step {done} of 8" in (err := capfd.readouterr().err) and "torchrun --nproc_per_node 2 grpo.py" in err
+    assert together(2, [*argv, "--resume"]) == [0, 0]
+    assert far(tmp_path, whole) < 1e-5
+
+
+def test_a_process_that_dies_ends_the_job_with_its_message(toy, tmp_path):
+    """By torchrun, as users start it."""
+    code = """
+import sys, grpo
+real = grpo.policy_loss
+def fall(*args, **kwargs):
+    if grpo.RANK == 1 and (grpo.Path(sys.argv[sys.argv.index('--output_dir') + 1]) / 'checkpoint-2').exists():
+        raise RuntimeError('process 1 fell over')
+    return real(*args, **kwargs)
+grpo.policy_loss = fall
+grpo.main(sys.argv[1:])
+"""
+    argv = flags(toy, tmp_path, "--weights", "length=1", "--length_penalty", 1, 10, steps=500)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", sys.executable, "-c", code]
+    done = subprocess.run([*launch, *argv], capture_output=True, text=True, timeout=100, env=os.environ | {
+        "PYTHONPATH": str(Path(grpo.__file__).parent), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1 and "RuntimeError: process 1 fell over" in done.stderr, done.stderr
+    assert whole_steps(tmp_path)[-1] >= 2
+
+
+# ---------------------------------------------------------------- untrusted things
+def test_code_that_comes_with_a_model_does_not_run_unless_asked_to(toy, tmp_path, capfd):
+    shutil.copytree(toy / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    (tmp_path / "model/own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(SystemExit) as stop:
+        grpo.main(flags(toy, tmp_path / "x", "--model", tmp_path / "model"))
+    assert stop.value.code == 2 and "--trust_remote_code" in capfd.readouterr().err and not (tmp_path / "ran").exists()
+    with pytest.raises(SystemExit):
+        grpo.main(flags(toy, tmp_path / "x", "--model", tmp_path / "model", "--trust_remote_code"))
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_cannot_run_code(toy, whole, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+    shutil.copytree(whole, tmp_path / "x")
+    folder = tmp_path / "x/checkpoint-8"
+    torch.save(Bomb(), folder / "trainer.pt")
+    (folder / "manifest.json").write_text(json.dumps({p.name: grpo.seal(p) for p in folder.iterdir() if p.name != "manifest.json"}))
+    with pytest.raises(pickle.UnpicklingError):
+        grpo.main(flags(toy, tmp_path / "x", *evaluated(toy), "--keep", 9, "--resume", steps=8))
+    assert not (tmp_path / "ran").exists()
+
+
+# ---------------------------------------------------------------- bad input
+ROW = json.dumps(toys.COUNTDOWN[0]) + "\n"
+
+
+@pytest.fixture(scope="module")
+def bad(toy, tmp_path_factory):
+    """A folder to stand in, full of things that are wrong."""
+    folder = tmp_path_factory.mktemp("bad")
+    texts = {"file": "", "broken.jsonl": ROW + '{"nums": [1,\n', "list.jsonl": "[1]\n", "columns.jsonl": ROW + '{"target": 3}\n', "nothing.jsonl": "",
+             "word.jsonl": '{"nums": "3 4", "target": 7}\n', "null.jsonl": json.dumps({**toys.COUNTDOWN[0], "pass_rate": None}) + "\n",
+             "few.jsonl": ROW, "rated.jsonl": (json.dumps({**toys.COUNTDOWN[0], "pass_rate": 0.9}) + "\n") * 8, "refuses.jinja":
+             "{{ raise_exception('no system turn, please') }}", "broken.jinja": "{% for %}", "quote.txt": "--model 'a\n", "wrong.txt": "--lr 1e-6 x\n"}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    for name in ("empty", "untemplated", "endless", "quantised", "adapter"):
+        (folder / name).mkdir()
+    toys.model().save_pretrained(folder / "untemplated")
+    toys.tokenizer(chat_template=None).save_pretrained(folder / "untemplated")
+    (folder / "adapter/adapter_config.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--steps", 0], "--steps 0: must be at least 1"), (["--steps", "many"], "invalid int"), (["--steps"], "expected one argument"),
+    (["--prompts_per_step", 0], "at least 1"), (["--group_size", 1], "--group_size 1: a group needs at least 2 completions"),
+    (["--max_new_tokens", 0], "at least 1"), (["--temperature", 0], "--temperature 0.0"), (["--temperature", "nan"], "--temperature nan"),
+    (["--temperature_end", 0], "--temperature_end 0.0"), (["--temperature_end", "inf"], "--temperature_end inf"), (["--max_resample", -1], "at least 0"),
+    (["--curriculum_floor", 0], "above 0 and at most 1"), (["--curriculum_floor", "nan"], "above 0"), (["--curriculum_floor", 2], "at most 1"),
+    (["--sample_batch_size", 0], "at least 1"), (["--clip_low", -0.1], "--clip_low -0.1"), (["--clip_high", "nan"], "--clip_high nan"),
+    (["--beta", -1], "--beta -1.0"), (["--beta", "inf"], "--beta inf"), (["--inner_epochs", 0], "at least 1"), (["--micro_batch_size", 0], "at least 1"),
+    (["--lr", -1e-6], "--lr"), (["--lr", "nan"], "--lr nan"), (["--warmup", -1], "at least 0"), (["--max_grad_norm", -1], "at least 0"),
+    (["--lora_rank", -1], "at least 0"), (["--lora_rank", 4, "--lora_alpha", 0], "--lora_alpha 0"), (["--eval_every", 0], "at least 1"),
+    (["--save_every", -1], "at least 0"), (["--keep", 0], "at least 1"), (["--sample_every", 0], "at least 1"), (["--seed", -1], "at least 0"),
+    (["--seed", 2**40], "--seed"), (["--length_penalty", 5, 5], "START must be below END"), (["--length_penalty", -1, 5], "at least 0"),
+    (["--length_penalty", 5], "expected 2 arguments"), (["--pass_rate", 0.9, 0.1], "in this order"), (["--pass_rate", "nan", 1], "--pass_rate"),
+    (["--pass_rate", 0, 1.5], "between 0 and 1"), (["--weights", "correct=a"], "PART=NUMBER"), (["--weights", "beauty=1"], "parts are correct"),
+    (["--weights", "correct=-1"], "at least 0"), (["--weights", "correct=nan"], "at least 0"), (["--weights", "correct"], "PART=NUMBER"),
+    (["--loss", "ppo"], "invalid choice"), (["--scale", "x"], "invalid choice"), (["--style", "x"], "invalid choice"), (["--dtype", "int8"], "invalid choice"),
+    (["--optim", "sgd"], "invalid choice"), (["--lr_schedule", "x"], "invalid choice"), (["--log_to", "paper"], "invalid choice"), (["--nonsense"], "unrecognized"),
+    (["--load_in_4bit"], "--lora_rank"), (["--merge"], "--lora_rank"), (["--fsdp"], "torchrun"), (["--resume", "--overwrite"], "take one"),
+    (["@nowhere.txt"], "nowhere.txt"), (["@quote.txt"], "No closing quotation"), (["@wrong.txt"], "unrecognized arguments: x"), (["@empty"], "empty"),
+    (["--chat_template", "nowhere.jinja"], "nowhere.jinja: no such file"), (["--chat_template", "refuses.jinja"], "no system turn, please"),
+    (["--chat_template", "broken.jinja"], "--chat_template"), (["--model", "nowhere/at/all/here"], "--model nowhere/at/all/here"),
+    (["--model", "nobody/nothing"], "--model nobody/nothing"), (["--model", "empty"], "--model empty"), (["--model", "untemplated"], "--chat_template FILE"),
+    (["--model", "adapter"], "is an adapter"), (["--model", "file"], "--model file"), (["--data", "chess"], "chess"), (["--data"], "expected at least one"),
+    (["--data", "countdown=nowhere.jsonl"], "nowhere.jsonl"), (["--data", "countdown=broken.jsonl"], "broken.jsonl, line 2, column"), (["--data", "countdown=list.jsonl"], "list.jsonl"),
+    (["--data", "countdown=columns.jsonl"], "column 'nums' is missing"), (["--data", "countdown=nothing.jsonl"], "nothing.jsonl"), (["--data", "countdown=word.jsonl"], "line 1: column 'nums'"),
+    (["--data", "countdown=few.jsonl"], "--prompts_per_step 3"), (["--data", "countdown=few.jsonl:0"], "few.jsonl:0"),
+    (["--data", "gsm8k=few.jsonl"], "column 'question' is missing"), (["--eval_data"], "expected at least one"), (["--eval_data", "countdown=nothing.jsonl"], "nothing.jsonl"),
+    (["--eval_data", "countdown=TOY", "--eval_split", "moon"], "moon"), (["--pass_rate", 0.1, 0.9], "no such number"),
+    (["--pass_rate", 0.1, 0.9, "--data", "countdown=null.jsonl"], "no such number"), (["--pass_rate", 0, 0.5, "--data", "countdown=rated.jsonl"], "has 0 prompts"),
+    (["--max_new_tokens", 150], "the model's context of 160"), (["--output_dir", "file"], "file"), (["--output_dir", "file/x"], "file/x"),
+    (["--output_dir", "TOYMODEL"], "--model itself"), (["--resume"], "no whole checkpoint")])
+def test_a_wrong_command_line_gets_one_line_before_any_model_loads(toy, bad, tmp_path, monkeypatch, capfd, more, words):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(grpo.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(bad)
+    more = [str(x).replace("TOYMODEL", str(toy / "model")).replace("TOY", str(toy / "countdown")) for x in more]
+    assert words in refusal(flags(toy, tmp_path / "x", *more), capfd)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_is_not_lost_to_another(toy, whole, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
+    argv = flags(toy, whole, *evaluated(toy), steps=8)
+    assert "--resume" in refusal(argv, capfd) and "--overwrite" in refusal(argv, capfd)
+    line = refusal([*argv, "--resume", "--lr", 0.5, "--group_size", 6, "--weights", "correct=2"], capfd)
+    assert "--lr 0.001 -> 0.5" in line and "--group_size 4 -> 6" in line and "--weights" in line and "--beta" not in line
+    shutil.copytree(toy / "countdown", tmp_path / "countdown")
+    assert "nowhere.jsonl" in refusal([*argv, "--overwrite", "--data", "countdown=nowhere.jsonl"], capfd)
+    assert {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()} == before
+    (tmp_path / "foreign/checkpoint-500").mkdir(parents=True)  # of another program, which writes no args.json
+    assert "--overwrite" in refusal(flags(toy, tmp_path / "foreign"), capfd)
+
+
+def test_a_run_does_not_go_on_with_other_data_or_without_its_flags(toy, whole, tmp_path, capfd):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(toy / "countdown", tmp_path / "data")
+    args = json.loads((tmp_path / "run/args.json").read_text()) | {"data": [f"countdown={tmp_path}/data"]}
+    (tmp_path / "run/args.json").write_text(json.dumps(args))
+    toys.write(tmp_path / "data/train.jsonl", toys.COUNTDOWN[:5])
+    argv = flags(toy, tmp_path / "run", *evaluated(toy), "--resume", "--data", f"countdown={tmp_path}/data", steps=8)
+    assert "5 prompts now, and had 8" in refusal(argv, capfd)
+    (tmp_path / "run/args.json").write_text("{")
+    assert "flags of the run" in refusal(argv, capfd)
+
+
+def test_a_model_without_an_end_token_or_with_weights_that_do_not_load_gets_one_line(toy, tmp_path, capfd):
+    shutil.copytree(toy / "model", tmp_path / "damaged")
+    os.truncate(tmp_path / "damaged/model.safetensors", 3000)
+    assert str(tmp_path / "damaged") in refusal(flags(toy, tmp_path / "x", "--model", tmp_path / "damaged"), capfd)
+    toys.model(eos_token_id=None).save_pretrained(tmp_path / "endless")
+    tok = toys.tokenizer()
+    tok.eos_token = None
+    tok.save_pretrained(tmp_path / "endless")
+    assert "end token" in refusal(flags(toy, tmp_path / "y", "--model", tmp_path / "endless"), capfd)
+
+
+def test_more_processes_than_gpus_and_a_quantised_model_without_one_get_one_line(toy, tmp_path, monkeypatch, capfd):
+    shutil.copytree(toy / "model", tmp_path / "fp8")
+    config = json.loads((tmp_path / "fp8/config.json").read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (tmp_path / "fp8/config.json").write_text(json.dumps(config))
+    if not torch.cuda.is_available():
+        assert re.search("GPU|CUDA|gptq|optimum", refusal(flags(toy, tmp_path / "x", "--model", tmp_path / "fp8"), capfd))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(grpo, "WORLD", 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "--nproc_per_node 1" in refusal(flags(toy, tmp_path / "y"), capfd)
