@@ -66,24 +66,24 @@ def cached_value(text):
             return APPLY[step[2]](int(step[1]), int(step[3])), text
         if not ARITHMETIC.fullmatch(text):
             return None
-        exact_value, shortest, _ = value(ast.parse(text.strip(), mode="eval").body)
+        return value(ast.parse(text.strip(), mode="eval").body)[:2]
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
-    if "--" in shortest or "+-" in shortest:  # 2--3 is a padded 2+3
-        shortest = re.sub(r"(^|[(*/])\+", r"\1", shortest.replace("--", "+").replace("+-", "-"))
-    return exact_value, shortest
 
 
 def value(node):
     """A parsed expression -> (exact value, shortest text, how tightly its outermost sign binds)."""
     if type(node) is ast.Constant:
-        return node.value if type(node.value) is int else Fraction(repr(node.value)), repr(node.value), 4
+        number = node.value if type(node.value) is int else Fraction(repr(node.value))
+        return number, str(number) if number.denominator == 1 else repr(node.value), 4
     if type(node) is ast.UnaryOp and type(node.op) is ast.USub:
         a, text, rank = value(node.operand)
-        return -a, "-" + (text if rank > 2 else f"({text})"), 3
+        return (-a, text[1:], 4) if rank == 3 else (-a, "-" + (text if rank == 4 else f"({text})"), 3)
     if type(node) is ast.BinOp and type(node.op) in OPERATORS:
         sign, rank, apply = OPERATORS[type(node.op)]
         (a, left, left_rank), (b, right, right_rank) = value(node.left), value(node.right)
+        if right_rank == 3 and rank == 1:  # 2--3 is a padded 2+3
+            return apply(a, b), left + {"+": "-", "-": "+"}[sign] + right[1:], 1
         left = left if left_rank >= rank else f"({left})"
         right = right if right_rank > rank or right_rank == rank and sign in "+*" else f"({right})"
         return apply(a, b), left + sign + right, rank

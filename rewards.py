@@ -252,7 +252,8 @@ def process_part(text, style, nums=None):
     text = text[:max(text.rfind(f"</{style}>"), 0)][:20_000].rpartition(f"<{style}>")[2]
     if "=" not in text:
         return 0.0
-    text = BULLETS.sub("", re.sub(r"[ \t]+", " ", mathematics.plain_signs(text).replace("$", " ")))
+    text = "\n".join(line for line in mathematics.plain_signs(text).replace("$", " ").split("\n") if "=" in line)
+    text = BULLETS.sub("", re.sub(r"[ \t]{2,}|\t", " ", text))
     text = GROUPS.sub("", TIMES.sub("*", text))
     pools, verdicts = [sorted(nums or ())], {}
     for chain in EQUATIONS.findall(text):
@@ -262,7 +263,7 @@ def process_part(text, style, nums=None):
             if not written or len(verdicts) >= 200:
                 continue
             left, right = mathematics.evaluate(one), mathematics.evaluate(other)
-            key = (left[1] if left else one, right[1] if right else other)  # `2 + 3` and `(2+3)` are the same
+            key = (left[1] if left else one, right[1] if right else other)  # `2 + 3`, `(2+3)`, `2.0+3` are the same
             if key in verdicts:
                 continue
             verdicts[key] = left is not None and right is not None and left[0] == right[0]

@@ -1,6 +1,7 @@
 """Reads rows of data from a file, a folder or the hub; every mistake is one line that says where it is."""
 import json
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -12,15 +13,18 @@ class DataError(ValueError):
 def read(path, config, split):
     """(place, row) of each row. path: a .jsonl or .parquet file (whatever the split), a folder that holds {split}.jsonl or
     {split}.parquet, or else a hub id, with its configuration."""
-    here = Path(path).expanduser()
+    here, rows = Path(path).expanduser(), 0
     try:
         if here.is_dir():
             here = file_of(here, split)
         if here.is_file():
             if here.suffix not in (".jsonl", ".parquet"):
                 raise DataError(f"{here}: a data file must end in .jsonl or .parquet")
-            yield from (jsonl_rows if here.suffix == ".jsonl" else parquet_rows)(here)
-        elif here.suffix in (".jsonl", ".parquet") or path.count("/") != 1 or path[0] in "/.~" or path.startswith("data/") or here.parent.exists():
+            for rows, row in enumerate((jsonl_rows if here.suffix == ".jsonl" else parquet_rows)(here), 1):
+                yield row
+            if not rows:
+                raise DataError(f"{here}: holds no rows")
+        elif here.suffix in (".jsonl", ".parquet") or not re.fullmatch(r"(?!data/)\w[\w.-]*/[\w.-]+", path) or here.parent.exists():
             raise DataError(f"{here}: no such file or folder")
         else:
             yield from hub_rows(path, config, split)
