@@ -34,6 +34,7 @@ from datetime import timedelta
 from pathlib import Path
 from statistics import fmean as mean
 
+import jinja2
 import numpy as np
 import torch
 import transformers
@@ -41,14 +42,11 @@ from tqdm import tqdm
 
 import rewards
 
+REPORT = [sys.executable, str(Path(__file__).with_name("report.py"))]        # tables, pictures, pages: none needs a model
 
 def fail(message):
     print(f"eval.py: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def report(*argv):          # tables, pictures and pages need no model: report.py makes them
-    return subprocess.call([sys.executable, Path(__file__).with_name("report.py"), *argv])
 
 
 def parse(argv):
@@ -142,26 +140,28 @@ def open_checkpoint(name, args, rows=(), shots={}):
         fail(f"--model {name}: holds no config.json or adapter_config.json; of the folders in it {inner} does")
     try:
         config = transformers.AutoConfig.from_pretrained(weights, **code)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name if os.path.exists(f"{name}/tokenizer_config.json") else weights, **code)
+        own = os.path.exists(f"{name}/tokenizer_config.json")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name if own else weights, **code)
     except (OSError, ValueError, KeyError) as e:
         fail(f"--model {name}: no such folder, and no such model on the hub or no network ({str(e).strip().splitlines()[0]})")
     if args.chat_template:
         tokenizer.chat_template = Path(args.chat_template).read_text()
-    if not tokenizer.chat_template:
-        fail(f"--model {name}: its tokenizer has no chat template; pass one with --chat_template FILE (Jinja)")
+    tokenizer.chat_template or fail(f"--model {name}: its tokenizer has no chat template; pass one with --chat_template FILE (Jinja)")
     try:
         ends = transformers.GenerationConfig.from_pretrained(weights).eos_token_id            # a list for Qwen2.5-Instruct
     except OSError:
         ends = None
     eos_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    if not eos_ids:
-        fail(f"--model {name}: neither its tokenizer nor its generation config names an end token")
-    prompts = []
-    for row in rows:
-        *system, problem = rewards.messages(row["task"], row, args.style)
-        prompts.append(tokenizer.apply_chat_template([*system, *shots.get(row["task"], []), problem], add_generation_prompt=True,
-                                                     tokenize=True, return_dict=False))
-    most, context = max(map(len, prompts), default=0), config.get_text_config().max_position_embeddings
+    eos_ids or fail(f"--model {name}: neither its tokenizer nor its generation config names an end token")
+    prompts, context = [], getattr(config.get_text_config(), "max_position_embeddings", math.inf)
+    try:
+        for row in rows:
+            system, problem = rewards.messages(row["task"], row, args.style)
+            prompts.append(tokenizer.apply_chat_template([system, *shots.get(row["task"], []), problem], tokenize=True,
+                                                         add_generation_prompt=True, return_dict=False))
+    except jinja2.TemplateError as e:
+        fail(f"--model {name}: its chat template refuses the prompt ({e}); pass another with --chat_template FILE (Jinja)")
+    most = max(map(len, prompts), default=0)
     if most + args.max_new_tokens > context:
         fail(f"--max_new_tokens {args.max_new_tokens}: the longest prompt has {most} tokens, and {name} reads {context} in all")
     forbid = [tokenizer.encode(text, add_special_tokens=False) for text in args.forbid_after]
@@ -264,8 +264,8 @@ def evaluate(model, checkpoint, rows, args, file, rank=0, world=1):
         todo = todo[size:]
         texts = checkpoint["tokenizer"].batch_decode(ids, skip_special_tokens=True)
         scored = score([rows[i] for i in batch for _ in range(K)], texts, list(map(len, ids)), args.style)            # 3
-        records += [{"model": checkpoint["name"], "row": i, "sample": sample, **record, "truncated": seq[-1] not in checkpoint["eos_ids"]}
-                    for (i, sample), record, seq in zip(((i, sample) for i in batch for sample in range(K)), scored, ids)]
+        records += [{"model": checkpoint["name"], "row": batch[j // K], "sample": j % K, **record,
+                     "truncated": ids[j][-1] not in checkpoint["eos_ids"]} for j, record in enumerate(scored)]
         file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records[-len(ids):])
         file.flush()
         bar.update(len(ids))
@@ -450,7 +450,7 @@ def write_files(args, rows, records, summary, rates):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if {"--curves", "--report"} & set(argv):
-        raise SystemExit(report(*argv))
+        raise SystemExit(subprocess.call([*REPORT, *argv]))
     args = parse(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -492,7 +492,7 @@ def main(argv=None):
                                                 rates.get((args.model[0], task)))
             summary.append(row)
     files = write_files(args, rows, records, summary + others, rates)                                              # 5
-    report("--table", args.output)
+    subprocess.call([*REPORT, "--table", args.output])
     print("\nwritten:", *files)
 
 

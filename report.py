@@ -208,12 +208,14 @@ th { font-weight: 600; color: var(--dim); font-size: .85rem } .name { text-align
 table { font-size: .87rem } td.name { white-space: normal; overflow-wrap: anywhere; min-width: 7rem }
 img { width: 100%; border: 1px solid var(--line); border-radius: 8px }
 .card { border: 1px solid var(--line); border-radius: 8px; margin: 0 0 1rem; overflow: hidden }
-.ask { background: var(--soft); padding: .5rem .9rem; border-bottom: 1px solid var(--line); white-space: pre-wrap; max-height: 9rem; overflow: auto }
+.ask { background: var(--soft); padding: .5rem .9rem; border-bottom: 1px solid var(--line); white-space: pre-wrap;
+       max-height: 9rem; overflow: auto }
 .two { display: grid; grid-template-columns: 1fr 1fr } .two > div + div { border-left: 1px solid var(--line) }
 .who { padding: .5rem .9rem 0; font-size: .85rem; color: var(--dim); overflow-wrap: anywhere }
 pre { margin: 0; padding: .5rem .9rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 22rem; overflow: auto;
       font: 12.5px/1.5 ui-monospace, monospace }
-.chip { display: inline-block; font-size: .78rem; padding: .05rem .5rem; border-radius: 9px; background: #eceef1; margin: .1rem .25rem .1rem 0 }
+.chip { display: inline-block; font-size: .78rem; padding: .05rem .5rem; border-radius: 9px; background: #eceef1;
+        margin: .1rem .25rem .1rem 0 }
 .good { background: #d6efe2 } .bad { background: #f9dcd0 } .tag { color: #a33a8f }
 @media (max-width: 760px) { .two { grid-template-columns: 1fr } .two > div + div { border-left: 0; border-top: 1px solid var(--line) } }
 """

@@ -4,9 +4,8 @@ import math
 import os
 import re
 import socket
-import subprocess
-import sys
 import time
+import traceback
 
 import pytest
 import torch
@@ -208,7 +207,8 @@ def test_a_try_is_a_hit_only_if_it_truly_solves_the_problem():
 
 @pytest.mark.parametrize("name, text", [
     ("checks", "3*8=24. Let me check: 24 is right."), ("checks", "So 12. I verified it."), ("checks", "5+3=8 ok\n"),
-    ("goes back", "Wait, that uses 3 twice."), ("goes back", "That doesn't work, try another."), ("checks, goes back", "5+3=8 no\n5+2=7 ok\n"),
+    ("goes back", "Wait, that uses 3 twice."), ("goes back", "That doesn't work, try another."),
+    ("checks, goes back", "5+3=8 no\n5+2=7 ok\n"),
     ("sets sub-goals", "First, find the price of one."), ("sets sub-goals", "Step 1: the area."),
     ("sets sub-goals", "We need to find the radius."), (None, "3 boxes of 4 make 12 apples. Noah has 2 more."),
     (None, "He waited at the station, and no one came to look.")])
@@ -346,19 +346,27 @@ def test_shots_stand_before_the_problem_as_turns_and_only_before_those_of_their_
 
 
 def test_two_processes_give_the_bytes_of_one(folder, tmp_path):
-    """As under torchrun, whose own start would take as long again."""
+    """Forked, as torchrun's own start would take longer than all other tests."""
     argv = ["--model", str(folder / "a"), str(folder / "b"), "--data", f"countdown={folder}/countdown", f"gsm8k={folder}/gsm8k.jsonl:1",
             "--samples", "2", "--temperature", "1", "--max_new_tokens", "8", "--output"]
     with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([sys.executable, ev.__file__, *argv, str(tmp_path / "two.json")], env={**env, "RANK": str(rank)},
-                              stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for rank in range(2)]
+        s.bind(("127.0.0.1", 0))
+        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+
+    def process(rank):
+        if pid := os.fork():
+            return pid
+        code = 1
+        try:
+            os.environ.update(env, RANK=str(rank), TOKENIZERS_PARALLELISM="false")
+            ev.main(argv + [str(tmp_path / "two.json")])
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    assert [os.waitpid(pid, 0)[1] for pid in [process(0), process(1)]] == [0, 0]
     ev.main(argv + [str(tmp_path / "one.json")])
-    for process in ranks:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
     assert (tmp_path / "one.samples.jsonl").read_bytes() == (tmp_path / "two.samples.jsonl").read_bytes()
     assert not list(tmp_path.glob("two.samples.1*"))
@@ -424,6 +432,7 @@ def test_wrong_input_gets_one_line_and_exit_code_2_before_any_model_loads(folder
     save_tokenizer(tmp_path / "short")
     toy_model().save_pretrained(tmp_path / "untemplated")
     save_tokenizer(tmp_path / "untemplated", chat_template=None)
+    (tmp_path / "refusing.jinja").write_text("{{ raise_exception('no system turn here') }}")
     (tmp_path / "broken.jsonl").write_text('{"nums": [1, 2], "target": 3}\n{"nums": [1,\n')
     (tmp_path / "file").write_text("")
     write(tmp_path / "unsolved.jsonl", [{"nums": [1, 2], "target": 3}])
@@ -441,6 +450,7 @@ def test_wrong_input_gets_one_line_and_exit_code_2_before_any_model_loads(folder
              ({"--data": [f"gsm8k={folder}/countdown"]}, "question"),
              ({"--output": [str(tmp_path / "file" / "e.json")]}, "--output"), ({"--output": ["e.txt"]}, ".json"),
              ({"--style": ["rhyme"]}, "rhyme"), ({"--shots": ["8"]}, "TASK"), ({"--chat_template": ["none.jinja"]}, "none.jinja"),
+             ({"--chat_template": [str(tmp_path / "refusing.jinja")]}, "no system turn"),
              ({"--shots": [f"countdown={tmp_path}/unsolved.jsonl"]}, "solution"), ({"--model": [str(folder / "a")] * 2}, "twice"),
              ({"--model": [str(tmp_path / "adapter")]}, "adapter"), ({"--forbid_after": ["a"]}, "--forbid_after"),
              ({"--forbid_after": ["ab", "c"]}, "[2, 1] tokens"), ({"--speed": ["1"]}, "--speed")]

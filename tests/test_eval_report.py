@@ -121,7 +121,8 @@ def test_wrong_input_gets_one_line_and_exit_code_2(results, capsys):
                        (["--curves", str(results / "sft"), "--output", str(results / "e.json" / "x.png")], "--output"),
                        (["--report", str(results / "sft"), "--results", "nowhere.json"], "nowhere.json"),
                        (["--table", "nowhere.json"], "nowhere.json"), (["--table", str(results / "broken" / "metrics.jsonl")], "broken"),
-                       (["--report", str(results / "sft"), "--results", str(results / "broken" / "metrics.jsonl")], "broken"), ([], "--table")]:
+                       (["--report", str(results / "sft"), "--results", str(results / "broken" / "metrics.jsonl")], "broken"),
+                       ([], "--table")]:
         with pytest.raises(SystemExit) as e:
             report.main(argv)
         err = capsys.readouterr().err
