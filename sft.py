@@ -1,15 +1,15 @@
 """Supervised fine-tuning: the cold start that teaches a model the form of an answer, before GRPO improves the answers.
 
-1. Rows of the tasks become a chat prompt and a completion, `<reasoning>...</reasoning>`, `<answer>...</answer>`, as ids: the
-   prompt by the model's chat template, the completion encoded by itself and closed by the token that ends an assistant
-   turn; so a sampler that starts from these prompt ids meets what was trained. Rows beyond --max_length are left out.
-2. The model is any causal LM of transformers, or `--model tiny`: a Llama of 0.5 M parameters made here. All of it is
-   trained, or LoRA (--lora_rank), or LoRA on a 4-bit base (--load_in_4bit). What is trained is fp32; bf16 is for the pass.
+1. Rows become a chat prompt and a completion, `<reasoning>...</reasoning>`, `<answer>...</answer>`, as token ids: the prompt
+   by the model's chat template, the completion encoded by itself and closed by the token that ends an assistant turn. A
+   sampler that starts from these prompt ids meets what was trained. Rows beyond --max_length are left out.
+2. The model is any causal LM of transformers, or `--model tiny`, a Llama of 0.5 M parameters made here. All of it is
+   trained, or LoRA (--lora_rank), or LoRA on a 4-bit base (--load_in_4bit); in fp32, while a pass may run in bf16.
 3. A step takes the next --batch_size rows of an order given by --seed alone, sorted by length, in micro-batches.
-4. Its loss is the cross-entropy of the completion tokens, the end token included, over one token count for the whole batch:
+4. The loss is the cross-entropy of the completion tokens, end token included, over one token count for the whole batch:
    micro-batches and processes never change the gradient. The head runs in chunks: [B, T, V] logits never exist.
-5. The gradient is clipped; AdamW (8-bit AdamW, Muon) with linear warm-up, then a cosine to 0. A gradient that is not
-   finite is skipped and counted.
+5. The gradient is clipped, then AdamW (or 8-bit AdamW, or Muon) with linear warm-up and a cosine to 0. A gradient that is
+   not finite is skipped and counted.
 6. metrics.jsonl gets a line, held-out rows a loss, checkpoint-<step>/ all that the run is: killed at any moment, the same
    command with --resume ends with the same weights, on a CPU to the bit. The final model stands in --output_dir itself.
 
@@ -24,15 +24,13 @@ import math
 import os
 import random
 import re
-import resource
 import shlex
 import shutil
 import signal
 import sys
 import time
-import types
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jinja2
@@ -40,11 +38,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
+from torch.distributed.checkpoint import state_dict as full_state
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -53,6 +49,9 @@ import rewards
 
 HEAD_LOGITS = 2**26  # that exist at a time: 256 MB in fp32, 441 positions of a vocabulary of 152 k
 BAD_STEPS = 5  # updates in a row that are not finite, after which the run stops
+FREE = {"resume", "overwrite", "output_dir", "save_every", "keep", "merge", "eval_data", "eval_split", "eval_every",
+        "micro_batch_size", "activation_checkpointing", "fsdp"}  # what a resumed run may change: not what it learns
+FULL = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)  # so that it loads on any number of processes
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
 
@@ -68,16 +67,12 @@ def note(message):
 
 def catch_stop():
     """-> a list that gets the first SIGINT or SIGTERM; a second one ends the process at once."""
-    got = []
+    got, signals = [], (signal.SIGINT, signal.SIGTERM)
 
     def first(number, _):
         got.append(number)
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, signal.SIG_DFL)
-        note("stopping: a checkpoint is saved first; once more leaves at once")
-
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, first)
+        [signal.signal(s, signal.SIG_DFL) for s in signals]
+    [signal.signal(s, first) for s in signals]
     return got
 
 
@@ -97,10 +92,9 @@ def parse_args(argv):
     add("--lora_alpha", type=float, default=32, help="the adapter is scaled by alpha / rank")
     add("--load_in_4bit", action="store_true", help="QLoRA: the frozen base in nf4")
     add("--merge", action="store_true", help="also write merged/: the base with the adapter in it")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="of the pass and of the final model; auto: bfloat16 on a GPU, else float32")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of a pass; auto: bfloat16 on a GPU")
     add("--activation_checkpointing", action="store_true", help="less memory, about a third slower")
-    add("--fsdp", action="store_true", help="shard the whole model's training over torchrun's processes")
+    add("--fsdp", action="store_true", help="shard the training of a whole model over torchrun's processes")
     add = p.add_argument_group("data").add_argument
     add("--data", nargs="+", default=["countdown"], metavar="SOURCE", help="TASK[=PATH][:N], mixed")
     add("--style", choices=rewards.STYLES, default="reasoning", help="name of the reasoning tag")
@@ -128,46 +122,45 @@ def parse_args(argv):
     add("--overwrite", action="store_true", help="delete the run that is in --output_dir")
     add("--seed", type=int, default=0, help="of the data order and of new weights")
     a = p.parse_args(argv)
-    for name, low in dict(lora_rank=0, max_length=2, eval_every=0, steps=1, batch_size=1, micro_batch_size=1, warmup=0,
-                          weight_decay=0, max_grad_norm=0, save_every=0, keep=1, seed=0).items():
-        if getattr(a, name) is not None and not low <= getattr(a, name) < math.inf:
-            fail(f"--{name} {getattr(a, name)}: must be at least {low}")
-    for name in ("lr", "muon_lr", "epochs", "lora_alpha"):
-        if not 0 < getattr(a, name) < math.inf:
-            fail(f"--{name} {getattr(a, name)}: must be above 0")
-    for wrong, message in (
-            (not all(0 <= b < 1 for b in a.betas), f"--betas {a.betas}: must be at least 0 and below 1"),
-            (a.steps and a.warmup >= a.steps, f"--warmup {a.warmup}: must be below --steps, {a.steps}"),
-            (a.batch_size % WORLD, f"--batch_size {a.batch_size}: must be a multiple of the {WORLD} processes"),
-            (a.chat_template and not Path(a.chat_template).is_file(), f"--chat_template {a.chat_template}: no such file"),
-            (a.load_in_4bit and not a.lora_rank, "--load_in_4bit: 4-bit weights do not train; add --lora_rank 32"),
-            (a.merge and not a.lora_rank, "--merge: there is an adapter to merge only with --lora_rank"),
-            (a.lora_rank and a.model == "tiny", "--lora_rank: a new `--model tiny` has no base to adapt; leave it out"),
-            (a.lora_rank and a.optim == "muon", "--optim muon: trains whole models; with --lora_rank take adamw"),
-            (a.fsdp and "RANK" not in os.environ, "--fsdp: start with torchrun --nproc_per_node=N sft.py ..."),
-            (a.fsdp and a.lora_rank, "--fsdp: trains whole models; LoRA runs without it under torchrun"),
-            (a.fsdp and a.optim != "adamw", f"--fsdp: goes with --optim adamw, not {a.optim}"),
-            (a.resume and a.overwrite, "--resume goes on with a run and --overwrite deletes it: take one")):
-        if wrong:
-            fail(message)
+    least = dict(lora_rank=0, max_length=2, eval_every=0, steps=1, batch_size=1, micro_batch_size=1, warmup=0,
+                 weight_decay=0, max_grad_norm=0, save_every=0, keep=1, seed=0)
+    wrong = {f"--{k} {getattr(a, k)}: must be at least {low}": not low <= getattr(a, k) < math.inf
+             for k, low in least.items() if getattr(a, k) is not None}
+    wrong |= {f"--{k} {getattr(a, k)}: must be above 0": not 0 < getattr(a, k) < math.inf
+              for k in ("lr", "muon_lr", "epochs", "lora_alpha")}
+    wrong |= {f"--betas {a.betas}: must be at least 0 and below 1": not all(0 <= b < 1 for b in a.betas),
+              f"--warmup {a.warmup}: must be below --steps, {a.steps}": a.steps and a.warmup >= a.steps,
+              f"--batch_size {a.batch_size}: must be a multiple of the {WORLD} processes": a.batch_size % WORLD,
+              f"--chat_template {a.chat_template}: no such file": a.chat_template and not Path(a.chat_template).is_file(),
+              "--load_in_4bit: 4-bit weights do not train; add --lora_rank 32": a.load_in_4bit and not a.lora_rank,
+              "--merge: there is an adapter to merge only with --lora_rank": a.merge and not a.lora_rank,
+              "--lora_rank: a new `--model tiny` has no base to adapt; leave it out": a.lora_rank and a.model == "tiny",
+              "--optim muon: trains whole models; with --lora_rank take adamw": a.lora_rank and a.optim == "muon",
+              "--fsdp: start with torchrun --nproc_per_node=N sft.py ...": a.fsdp and "RANK" not in os.environ,
+              "--fsdp: shards whole models; LoRA runs without it under torchrun": a.fsdp and a.lora_rank,
+              f"--fsdp: goes with --optim adamw, not {a.optim}": a.fsdp and a.optim != "adamw",
+              "--resume goes on with a run, --overwrite deletes it: take one": a.resume and a.overwrite}
+    for message in (m for m, is_wrong in wrong.items() if is_wrong):
+        fail(message)
     return a
 
 
-# ---------------------------------------------------------------- 1. data
+# ---------------------------------------------------------------- 1. rows
 def completion(task, row, style):
     """The text that a model is to write for this row."""
+    reasoning = answer = None
     if task == "countdown" and "trace" in row:
-        reasoning, answer = row["trace"], row["trace_answer"]
+        reasoning, answer = row["trace"], row.get("trace_answer")
     elif task == "countdown" and "solution" in row:
         reasoning, answer = f"{row['solution']}={row['target']}", row["solution"]
     elif task == "gsm8k":
         worked, _, answer = row["answer"].rpartition("####")
         reasoning = re.sub("<<.*?>>", "", worked)
-    elif task == "math" and row.get("solution") and rewards.last_box(row["solution"]):
-        reasoning, answer = row["solution"], rewards.last_box(row["solution"])
-    else:
-        raise rewards.DataError(f"{task}: a row has nothing worked to learn from: countdown needs `trace` or `solution` "
-                                r"(countdown.py writes both), math a `solution` with a \boxed{}; arc and code have none")
+    elif task == "math" and "solution" in row:
+        reasoning, answer = row["solution"], rewards.last_box(str(row["solution"]))
+    if not isinstance(reasoning, str) or not isinstance(answer, str):
+        raise rewards.DataError(f"{task}: a row without a worked answer: countdown needs `trace` and `trace_answer`, or `solution` "
+                                "(countdown.py writes them), math a `solution` with a box; arc and code have none")
     return f"<{style}>{reasoning.strip()}</{style}>\n<answer>{answer.strip()}</answer>"
 
 
@@ -181,7 +174,7 @@ def end_token(tok):
 
 
 def encode(tok, rows, style, max_length, end):
-    """rows -> [{"ids": [T], "prompt": how many of them the prompt is}] without those of more than max_length ids."""
+    """rows -> [{"ids": [T], "prompt": how many of them are the prompt's}], without those of more than max_length ids."""
     texts = [completion(row["task"], row, style) for row in rows]
     prompts = [tok.apply_chat_template(rewards.messages(row["task"], row, style), tokenize=False,
                                        add_generation_prompt=True) for row in tqdm(rows, "prompts", disable=None)]
@@ -190,16 +183,9 @@ def encode(tok, rows, style, max_length, end):
     return [row for row in encoded if len(row["ids"]) <= max_length]
 
 
-@lru_cache(maxsize=2)
-def permutation(n, seed, epoch):
-    order = list(range(n))
-    random.Random(f"{seed} {epoch}").shuffle(order)
-    return order
-
-
 def collate(rows):
-    """-> ids [B, T] and trained [B, T-1]: where the next token is one of the completion. Both are made from lengths, as pad
-    and end may be the same token. Padding stands on the right, where causal attention needs no mask."""
+    """-> ids [B, T] and trained [B, T-1]: where the next token is one of the completion. By lengths, as pad and end may be
+    the same token. Padding stands on the right, where causal attention needs no mask."""
     ids = pad_sequence([row["ids"] for row in rows], batch_first=True)
     first = torch.tensor([row["prompt"] - 1 for row in rows])[:, None]
     last = torch.tensor([len(row["ids"]) - 1 for row in rows])[:, None]
@@ -209,10 +195,9 @@ def collate(rows):
 
 # ---------------------------------------------------------------- 2. the model
 def tiny_tokenizer():
-    """A token for each number up to 99, each tag and word of Countdown; bytes for any other text, which comes back exactly."""
+    """A token for each number up to 99, each tag and word of Countdown; bytes for other text, which comes back exactly."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
-    words = ["Numbers: [", ", ", "]\nTarget: ", " ok", " no"]
+    special, words = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"], ["Numbers: [", ", ", "]\nTarget: ", " ok", " no"]
     words += [f"<{slash}{tag}>" for tag in (*rewards.STYLES, "answer") for slash in ("", "/")]
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     whole = [as_bytes.pre_tokenize_str(w)[0][0] for w in words] + [str(n) for n in range(10, 100)]
@@ -224,30 +209,28 @@ def tiny_tokenizer():
     template = ("{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
                 "{% if add_generation_prompt %}<|assistant|>{% endif %}")  # instructions are for models that can read
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>", clean_up_tokenization_spaces=False,
-        extra_special_tokens=["<|user|>", "<|assistant|>"], chat_template=template)
+        tokenizer_object=bpe, pad_token=special[0], eos_token=special[1], extra_special_tokens=special[2:],
+        clean_up_tokenization_spaces=False, chat_template=template)
 
 
 def tiny_model(tok, seed):
     """0.5 M random parameters, but for the embeddings of the numbers: sines and cosines of their value."""
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tok), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
         max_position_embeddings=2048, initializer_range=0.08, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
-    model = transformers.LlamaForCausalLM(config)
-    periods = 2.0 * 64 ** torch.linspace(0, 1, config.hidden_size // 2)  # 2 to 128
-    for n in range(100):
-        waves = torch.cat([torch.sin(2 * math.pi * n / periods), torch.cos(2 * math.pi * n / periods)])
-        model.get_input_embeddings().weight.data[tok.convert_tokens_to_ids(str(n))] = config.initializer_range * 2**0.5 * waves
+        bos_token_id=None, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
+    weight = model.get_input_embeddings().weight.data
+    angle = torch.arange(100)[:, None] * math.pi / 64 ** torch.linspace(0, 1, 64)  # periods of 2 to 128
+    weight[tok.convert_tokens_to_ids([str(n) for n in range(100)])] = 0.11 * torch.cat([angle.sin(), angle.cos()], 1)
     return model
 
 
 def load_tokenizer(name, chat_template, max_length):
     try:
         tok, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name).get_text_config()
-    except Exception as err:  # any of a dozen kinds, for what is one thing to the user
-        fail(f"--model {name}: neither a folder with a model nor a hub id that can be reached now ({str(err).splitlines()[0]})")
+    except Exception as err:  # of many kinds, for what is one thing to the user
+        fail(f"--model {name}: no folder of a model, and no hub id within reach ({str(err).splitlines()[0]})")
     tok.chat_template = Path(chat_template).read_text() if chat_template else tok.chat_template
     if not tok.chat_template:
         fail(f"--model {name}: its tokenizer has no chat template; pass one with --chat_template FILE")
@@ -263,22 +246,20 @@ def load_base(name, dtype, device, load_in_4bit=False):
         bnb_4bit_compute_dtype=dtype)) if load_in_4bit else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
-    except (OSError, ValueError, KeyError) as err:
+    except Exception as err:
         fail(f"--model {name}: {str(err).splitlines()[0]}")
-    for module in model.modules():  # on CPU a first pass would repack 4-bit weights; then training and merging break
+    for module in model.modules():  # on a CPU a pass would repack 4-bit weights, after which training and merging break
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model.to(device)
 
 
 def add_adapter(model, rank, alpha, saved=None):
-    """Freezes the model; trains LoRA in fp32 on all its linear layers but the head, new or `saved` in a folder."""
+    """LoRA in fp32 on all linear layers but the head of a model that is frozen; a new one, or the one `saved` in a folder."""
     import peft
-    if saved:
-        model = peft.PeftModel.from_pretrained(model, saved, is_trainable=True)
-    else:
-        model = peft.get_peft_model(model, peft.LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = (peft.PeftModel.from_pretrained(model, saved, is_trainable=True) if saved else
+             peft.get_peft_model(model, config))
     for p in model.parameters():
         p.data = p.data.float() if p.requires_grad else p.data
     return model
@@ -290,22 +271,25 @@ def set_end(model, tok, end):
     ends = {end, *([g.eos_token_id] if isinstance(g.eos_token_id, int) else g.eos_token_id or [])}
     g.eos_token_id = sorted(ends) if len(ends) > 1 else end
     g.pad_token_id = next(i for i in (g.pad_token_id, tok.pad_token_id, end) if i is not None)
-    if g.temperature or g.top_p or g.top_k:  # settings of sampling in a config that does not sample are refused
-        g.do_sample = True
+    g.do_sample = bool(g.do_sample or g.temperature or g.top_p or g.top_k)  # else settings of sampling are refused
+    return model
 
 
 def shard(model, dtype):
-    """FSDP2: each process holds its part of every weight, in fp32, and a layer is gathered in `dtype` while it runs."""
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for layer in model.base_model.layers:
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
-    model.token_sums = types.MethodType(token_sums, model)
+    """FSDP2: each process holds its part of the fp32 weights; a layer is gathered in `dtype` while it runs."""
+    for module in (*model.base_model.layers, model):
+        fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    model.token_sums = partial(token_sums, model)
     register_fsdp_forward_method(model, "token_sums")
     return model.token_sums
 
 
 # ---------------------------------------------------------------- 3.-5. a step
+@lru_cache(maxsize=2)
+def permutation(n, seed, epoch):
+    return random.Random(f"{seed} {epoch}").sample(range(n), n)
+
+
 def token_sums(model, ids, trained):
     """ids [B, T], trained [B, T-1] -> [3], over the trained tokens: cross-entropy, how many are the argmax, how many."""
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -316,53 +300,35 @@ def token_sums(model, ids, trained):
         logits = head(h).float()  # [n, V]
         right = (logits.detach().argmax(-1) == t).sum()
         return torch.stack([F.cross_entropy(logits, t, reduction="sum"), right, right.new_tensor(len(t))])
-
     n = max(1, HEAD_LOGITS // head.out_features)
     if len(targets) <= n:
         return piece(hidden, targets)
     return sum(checkpoint(piece, h, t, use_reentrant=False) for h, t in zip(hidden.split(n), targets.split(n)))
 
 
-def micro_batches(rows, size):
-    rows = sorted(rows, key=lambda row: -len(row["ids"]))  # longest first: little padding, and memory fails early
-    return [rows[i:i + size] for i in range(0, len(rows), size)]
-
-
-def gradient(sums_of, rows, size, scale, stop=()):
-    """Adds the gradient of scale * summed loss to the weights'. -> sums [3], or None if asked to stop."""
-    total = 0
-    for batch in micro_batches(rows, size):
-        sums = sums_of(batch)
-        (sums[0] * scale).backward()
+def total_sums(sums_of, rows, size, scale=None, stop=()):
+    """Sums [3] of the rows, in micro-batches; with `scale`, also the gradient of scale * cross-entropy. None if stopped."""
+    rows, total = sorted(rows, key=lambda row: -len(row["ids"])), 0  # little padding, and memory runs out at once or never
+    for i in range(0, len(rows), size):
+        sums = sums_of(rows[i:i + size])
+        if scale is not None:
+            (sums[0] * scale).backward()
         total = total + sums.detach()
         if stop:
             return None
     return total
 
 
-@torch.no_grad()
-def evaluate(model, sums_of, rows, size):
-    model.eval()
-    batches = micro_batches(rows, size)
-    rounds = -(-len(batches) // WORLD)  # each process runs as many, as FSDP gathers the weights in each; surplus weighs 0
-    total = sum(sums_of(batches[min(i, len(batches) - 1)]) * (i < len(batches)) for i in range(RANK, rounds * WORLD, WORLD))
-    model.train()
-    if WORLD > 1:
-        dist.all_reduce(total)
-    loss, right, n = total.tolist()
-    return {"eval_loss": loss / n, "eval_token_accuracy": right / n, "eval_tokens": int(n)}
-
-
 def make_optimizers(model, args):
     """-> [(optimizer, its peak learning rate)]"""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    muon = [name for name, p in trained.items() if args.optim == "muon" and p.ndim == 2 and ".layers." in name]
-    rest, kwargs = [trained[n] for n in trained if n not in muon], dict(betas=args.betas, weight_decay=args.weight_decay)
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    of_muon = [name for name, p in weights.items() if args.optim == "muon" and p.ndim == 2 and ".layers." in name]
+    matrices, adam = [weights.pop(name) for name in of_muon], dict(betas=tuple(args.betas), weight_decay=args.weight_decay)
     if args.optim == "adamw8bit":
         import bitsandbytes
-        return [(bitsandbytes.optim.AdamW8bit(rest, args.lr, **kwargs), args.lr)]
-    made = [(torch.optim.AdamW(rest, args.lr, fused=True, **kwargs), args.lr)]
-    return made + [(torch.optim.Muon([trained[n] for n in muon], args.muon_lr, args.weight_decay), args.muon_lr)] if muon else made
+        return [(bitsandbytes.optim.AdamW8bit(weights.values(), args.lr, **adam), args.lr)]
+    made = [(torch.optim.AdamW(weights.values(), args.lr, fused=True, **adam), args.lr)]
+    return made + ([(torch.optim.Muon(matrices, args.muon_lr, args.weight_decay), args.muon_lr)] if matrices else [])
 
 
 def lr_factor(step, steps, warmup):
@@ -371,7 +337,7 @@ def lr_factor(step, steps, warmup):
     return (step + 1) / (warmup + 1) if done < 0 else 0.5 * (1 + math.cos(math.pi * done))
 
 
-# ---------------------------------------------------------------- 6. checkpoints
+# ---------------------------------------------------------------- 6. checkpoints and files
 def seal(path):
     """Size and SHA-256 of a file, which is on the disk when this returns."""
     with open(path, "rb") as f:
@@ -380,22 +346,19 @@ def seal(path):
 
 
 def save_checkpoint(folder, write):
-    """`write(tmp)` fills another folder; it takes this name when it is whole and on the disk."""
+    """`write(tmp)` fills another folder, which takes this name when it is whole and on the disk."""
     tmp = folder.with_name(f"tmp-{folder.name}")
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         tmp.mkdir(parents=True)
         write(tmp)
-        (tmp / "manifest.json").write_text(json.dumps({p.name: seal(p) for p in sorted(tmp.iterdir())}, indent=1))
+        (tmp / "manifest.json").write_text(json.dumps({p.name: seal(p) for p in tmp.iterdir()}, indent=1))
         seal(tmp / "manifest.json")
-    except (OSError, RuntimeError, SafetensorError) as err:  # a full disk, in each library's own words
+    except Exception as err:  # a full disk, in the words of each library
         shutil.rmtree(tmp, ignore_errors=True)
-        fail(f"cannot write {folder} ({err}); make room, then --resume: older checkpoints are whole")
+        fail(f"cannot write {folder} ({err}): make room, then --resume; the checkpoints before it are whole")
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one
     tmp.rename(folder)
-    directory = os.open(folder.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
 
 
 def is_whole(folder):
@@ -411,12 +374,8 @@ def checkpoints(out):
     return sorted((int(p.name[11:]), p) for p in out.glob("checkpoint-*") if p.name[11:].isdecimal())
 
 
-FREE = {"resume", "overwrite", "output_dir", "save_every", "keep", "merge", "eval_data", "eval_split", "eval_every",
-        "micro_batch_size", "activation_checkpointing", "fsdp"}  # a resumed run may change these: the weights stay the same
-
-
 def find_checkpoint(args, out):
-    """The checkpoint to go on from; None for a new run. Neither another run's folder nor other flags than the run's pass."""
+    """The checkpoint to go on from; None for a new run, which needs a folder without one. Flags must be as they were."""
     if not args.resume:
         if not args.overwrite and ((out / "args.json").exists() or checkpoints(out)):
             fail(f"--output_dir {out}: holds a run; --resume goes on with it, --overwrite deletes it")
@@ -430,68 +389,52 @@ def find_checkpoint(args, out):
     then = json.loads((out / "args.json").read_text())
     changed = [f"--{k} was {then[k]} and is {v}" for k, v in vars(args).items() if k not in FREE and then.get(k, v) != v]
     if changed:
-        fail(f"--resume: {', '.join(changed)}: give the run's own flags, or start another with --model {folder}")
+        fail(f"--resume: {', '.join(changed)}: give the flags of the run, or start another one with --model {folder}")
     return folder
 
 
-def start_log(out, args, step):
-    """args.json, and metrics.jsonl without what was logged after `step` by a run that was killed. A new run clears the folder."""
+def open_log(out, args, step):
+    """Writes args.json and opens metrics.jsonl, less what a killed run logged after `step`. A new run clears the folder."""
+    for pattern in () if step else ("checkpoint-*", "tmp-*", "merged", "*.safetensors*", "*.json", "*.jsonl"):
+        for path in out.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     out.mkdir(parents=True, exist_ok=True)
-    if step == 0:
-        for pattern in ("checkpoint-*", "tmp-*", "merged", "*.safetensors*", "*.json", "*.jsonl"):
-            for path in out.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
     log = out / "metrics.jsonl"
     lines = log.read_text().splitlines() if log.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    for path, text in ((log, "".join(f"{line}\n" for line in kept)), (out / "args.json", json.dumps(vars(args), indent=1))):
-        path.with_name("tmp-" + path.name).write_text(text)
-        path.with_name("tmp-" + path.name).replace(path)
+    kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    for path, text in (log, "".join(kept)), (out / "args.json", json.dumps(vars(args), indent=1)):
+        path.with_name(f"tmp-{path.name}").write_text(text)
+        path.with_name(f"tmp-{path.name}").replace(path)
     return open(log, "a", buffering=1)
 
 
 def export(folder, args, out, dtype, tok, end):
-    """The final model from the last checkpoint: the whole model in `dtype`, or the adapter and merged/."""
+    """The final model from the last checkpoint: a whole model in `dtype`, or the adapter and, with --merge, merged/."""
     tmp = out / "tmp-final"
     shutil.rmtree(tmp, ignore_errors=True)
     shutil.copytree(folder, tmp, ignore=shutil.ignore_patterns("trainer.pt", "manifest.json", "model*.safetensors*"))
     if not args.lora_rank:
         AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(tmp)
-    for path in tmp.iterdir():
-        path.replace(out / path.name)
-    tmp.rmdir()
-    if args.merge:  # into a base loaded afresh; one of 4 bits is dequantised first, as merging into 4 bits costs 3 times the error
+    if args.merge:  # into a base loaded afresh; 4 bits are dequantised, as merging into them costs 3 times the error
         import peft
         base = load_base(args.model, dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.load_in_4bit)
-        merged = peft.PeftModel.from_pretrained(base.dequantize() if args.load_in_4bit else base, out).merge_and_unload()
-        set_end(merged, tok, end)
-        merged.save_pretrained(out / "merged")
-        tok.save_pretrained(out / "merged")
-
-
-def unshard(state):
-    """Sharded tensors whole, on the CPU. All processes must call this."""
-    return tree_map(lambda t: t.full_tensor().cpu() if isinstance(t, DTensor) else t, state)
-
-
-def load_optimizer(optimizer, state):
-    """The state of a run on any number of processes, sharded as the weights are."""
-    for p, s in zip((p for group in optimizer.param_groups for p in group["params"]), state["state"].values()):
-        if isinstance(p, DTensor):
-            for k, t in s.items():
-                s[k] = distribute_tensor(t.to(p.device), p.device_mesh, p.placements) if t.shape == p.shape else t
-    optimizer.load_state_dict(state)
+        base = base.dequantize() if args.load_in_4bit else base
+        merged = set_end(peft.PeftModel.from_pretrained(base, folder).merge_and_unload(), tok, end)
+        merged.save_pretrained(tmp / "merged")
+        tok.save_pretrained(tmp / "merged")
+    shutil.copytree(tmp, out, dirs_exist_ok=True, copy_function=os.replace)
+    shutil.rmtree(tmp)
 
 
 # ---------------------------------------------------------------- the run
 def train(args, argv):
-    device, out = torch.device("cpu"), Path(args.output_dir)
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    cuda, out = torch.cuda.is_available(), Path(args.output_dir)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    dtype = torch.bfloat16 if args.dtype == "bfloat16" or args.dtype == "auto" and cuda else torch.float32
+    if cuda:
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:  # the time limit is for a save, in which all wait for one; the death of one ends the job anyway
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    dtype = getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype))
+    if "RANK" in os.environ:  # the limit is for a save, when all wait for one; torchrun ends the others of a dead process
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     saved = [find_checkpoint(args, out) if RANK == 0 else None]
     if WORLD > 1:
         dist.broadcast_object_list(saved)
@@ -502,10 +445,9 @@ def train(args, argv):
         rows = [row for source in args.data for row in rewards.load_rows(source, "train")]
         held_out = [row for source in args.eval_data for row in rewards.load_rows(source, args.eval_split)]
         tok = tiny_tokenizer() if args.model == "tiny" else load_tokenizer(args.model, args.chat_template, args.max_length)
-        end = end_token(tok)
+        end, read = end_token(tok), len(rows) + len(held_out)
         if end is None:
-            fail(f"--model {args.model}: neither its chat template nor its tokenizer has an end token")
-        read = len(rows) + len(held_out)
+            fail(f"--model {args.model}: neither its chat template nor its tokenizer has a token that ends a turn")
         rows, held_out = (encode(tok, r, args.style, args.max_length, end) for r in (rows, held_out))
     except (rewards.DataError, jinja2.TemplateError) as err:
         fail(err)
@@ -517,25 +459,23 @@ def train(args, argv):
 
     # 2. the model
     torch.manual_seed(args.seed)
-    at_first = torch.device("cpu") if args.fsdp else device
+    at = torch.device("cpu") if args.fsdp else device
     if args.lora_rank:
-        model = add_adapter(load_base(args.model, dtype, at_first, args.load_in_4bit), args.lora_rank, args.lora_alpha, saved)
+        model = add_adapter(load_base(args.model, dtype, at, args.load_in_4bit), args.lora_rank, args.lora_alpha, saved)
     elif args.model == "tiny" and not saved:
-        model = tiny_model(tok, args.seed).to(at_first)
+        model = tiny_model(tok, args.seed).to(at)
     else:
-        model = load_base(saved or args.model, torch.float32, at_first)
-    set_end(model, tok, end)
+        model = load_base(saved or args.model, torch.float32, at)
+    set_end(model, tok, end).train()
     if args.activation_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    forward = shard(model, dtype) if args.fsdp else types.MethodType(token_sums, model)
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    forward = shard(model, dtype) if args.fsdp else partial(token_sums, model)
     optimizers, trained = make_optimizers(model, args), [p for p in model.parameters() if p.requires_grad]
-    state = {"step": 0, "bad_steps": 0}
+    state = torch.load(saved / "trainer.pt", weights_only=True, map_location="cpu") if saved else {"step": 0, "bad_steps": 0}
     if saved:
-        state = torch.load(saved / "trainer.pt", weights_only=True, map_location="cpu")
-        for (optimizer, _), s in zip(optimizers, state.pop("optimizers")):
-            load_optimizer(optimizer, s)
-    step, bad_steps, size = state["step"], state["bad_steps"], args.micro_batch_size
+        full_state.set_optimizer_state_dict(model, [o for o, _ in optimizers], state.pop("optimizers"), options=FULL)
+    first = step = last_saved = state["step"]
+    bad_steps, size = state["bad_steps"], args.micro_batch_size
 
     def sums_of(batch):
         ids, mask = collate(batch)
@@ -543,15 +483,14 @@ def train(args, argv):
             return forward(ids.to(device), mask.to(device))
 
     def save():
-        weights = {"state_dict": unshard(model.state_dict())} if args.fsdp else {}
-        trainer = unshard({"step": step, "bad_steps": bad_steps, "optimizers": [o.state_dict() for o, _ in optimizers]})
+        kwargs = {"state_dict": full_state.get_model_state_dict(model, options=FULL)} if args.fsdp else {}
+        optim = full_state.get_optimizer_state_dict(model, [o for o, _ in optimizers], options=FULL)
 
         def write(folder):
-            model.save_pretrained(folder, **weights, **({"save_embedding_layers": False} if args.lora_rank else {}))
+            model.save_pretrained(folder, **kwargs)
             model.generation_config.save_pretrained(folder)
             tok.save_pretrained(folder)
-            torch.save(trainer, folder / "trainer.pt")
-
+            torch.save({"step": step, "bad_steps": bad_steps, "optimizers": optim}, folder / "trainer.pt")
         if RANK == 0:
             save_checkpoint(out / f"checkpoint-{step}", write)
             for _, old in [c for c in checkpoints(out) if c[0] <= step][:-args.keep]:
@@ -560,81 +499,82 @@ def train(args, argv):
             dist.barrier()
         return step
 
-    model.train()
-    stop = catch_stop()
-    log = start_log(out, args, step) if RANK == 0 else open(os.devnull, "w")
-    bar = tqdm(total=steps, initial=step, disable=None if RANK == 0 else True)  # None: without a terminal there is no bar
-    last_saved, stopping, shown, begun = step, False, 0.0, time.perf_counter()
-    while step < steps and not stopping:
-        # 3. its rows
+    stop, begun, shown = catch_stop(), time.perf_counter(), 0
+    log = open_log(out, args, step) if RANK == 0 else open(os.devnull, "w")
+    bar = tqdm(total=steps, initial=step, disable=None if RANK == 0 else True)  # None: no bar where there is no terminal
+    while step < steps:
+        # 3. the rows of this step
         started, places = time.perf_counter(), range(step * args.batch_size, (step + 1) * args.batch_size)
         batch = [rows[permutation(len(rows), args.seed, i // len(rows))[i % len(rows)]] for i in places]
-        mine = sorted(batch, key=lambda row: -len(row["ids"]))[RANK::WORLD]
+        batch.sort(key=lambda row: -len(row["ids"]))  # so that each process gets as many tokens
         n_tokens = sum(len(row["ids"]) - row["prompt"] for row in batch)
         torch.manual_seed(args.seed * 1_000_003 + step)  # for a model with dropout
-        # 4. their gradient; FSDP divides by the number of processes
-        scale = (WORLD if args.fsdp else 1) / n_tokens
-        while True:
-            try:
-                sums = gradient(sums_of, mine, size, scale, stop if WORLD == 1 else ())
-                break
-            except torch.OutOfMemoryError:
-                if size == 1 or args.fsdp:
-                    raise
+        # 4. their gradient; FSDP takes the mean over the processes
+        try:
+            sums = total_sums(sums_of, batch[RANK::WORLD], size, (WORLD if args.fsdp else 1) / n_tokens, stop if WORLD == 1 else ())
+        except torch.OutOfMemoryError:
+            if size == 1 or args.fsdp:
+                raise
+            sums = "repeat"
+        if sums == "repeat":  # outside of the except, which holds on to the memory
             model.zero_grad()
             torch.cuda.empty_cache()
-            size = size // 2
-            note(f"out of GPU memory at step {step + 1}: repeating it with --micro_batch_size {size}")
+            size //= 2
+            note(f"out of memory at step {step + 1}: once more with --micro_batch_size {size}")
+            continue
         if sums is None:
             break
+        for p in trained if WORLD > 1 and not args.fsdp else ():
+            dist.all_reduce(p.grad)
         if WORLD > 1:
             sums = torch.cat([sums, sums.new_tensor([len(stop)])])
             dist.all_reduce(sums)
-            stopping = sums[3].item() > 0
-            for p in trained if not args.fsdp else ():
-                dist.all_reduce(p.grad)
+        loss, right, _, *stopped = sums.tolist()
         # 5. the update
         norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or math.inf)
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        loss, right = sums[0].item() / n_tokens, sums[1].item() / n_tokens
-        finite, factor = math.isfinite(loss) and math.isfinite(norm), lr_factor(step, steps, args.warmup)
-        for optimizer, peak in optimizers if finite else ():
+        norm = float(norm.full_tensor() if args.fsdp else norm)
+        is_finite, factor = math.isfinite(loss) and math.isfinite(norm), lr_factor(step, steps, args.warmup)
+        for optimizer, peak in optimizers if is_finite else ():
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
             optimizer.step()
         model.zero_grad()
-        bad_steps = 0 if finite else bad_steps + 1
+        step, bad_steps = step + 1, 0 if is_finite else bad_steps + 1
         # 6. what is kept of it
-        step += 1
         seconds, tokens = time.perf_counter() - started, sum(len(row["ids"]) for row in batch)
-        peak_memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        entry = {"step": step, "loss": loss if finite else None, "token_accuracy": right, "lr": args.lr * factor,
-                 "grad_norm": norm if finite else None, "skipped": int(not finite), "tokens": tokens, "tokens_per_s": tokens / seconds,
-                 "step_seconds": seconds, "peak_memory_gb": peak_memory}
-        log.write(json.dumps(entry) + "\n")
-        line = f"loss {loss:.4f}  token accuracy {right:.3f}  grad norm {norm:.2f}  {tokens / seconds:.0f} tokens/s"
+        entry = {"step": step, "loss": loss / n_tokens, "token_accuracy": right / n_tokens, "lr": args.lr * factor, "grad_norm": norm}
+        entry |= {"skipped": int(not is_finite), "tokens": tokens, "tokens_per_s": tokens / seconds, "step_seconds": seconds,
+                  "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None}
+        log.write(json.dumps({k: v if v is None or math.isfinite(v) else None for k, v in entry.items()}) + "\n")
+        line = "loss {loss:.4f}  token accuracy {token_accuracy:.3f}  grad norm {grad_norm:.2f}  {tokens_per_s:.0f} tokens/s".format(**entry)
         bar.update()
         bar.set_postfix_str(line)
-        if bar.disable and (time.perf_counter() - shown > 10 or step == steps):
-            shown = time.perf_counter()
-            left = (shown - begun) / (step - state["step"]) * (steps - step)
-            note(f"step {step}/{steps}  {line}  {left / 60:.1f} min left")
-        if bad_steps >= BAD_STEPS and RANK == 0:
+        now = time.perf_counter()
+        if bar.disable and (now - shown > 10 or step == steps):
+            shown = now
+            note(f"step {step}/{steps}  {line}  {(now - begun) / (step - first) * (steps - step) / 60:.1f} min left")
+        if bad_steps == BAD_STEPS:
             (out / "bad_rows.txt").write_text("\n\n".join(tok.decode(row["ids"]) for row in batch))
-        if bad_steps >= BAD_STEPS:
-            fail(f"{bad_steps} updates in a row were not finite (loss {loss}, gradient {norm}); the rows of the last one are in "
-                 f"{out / 'bad_rows.txt'}; a lower --lr or --dtype float32 may help")
+            fail(f"{bad_steps} updates in a row were not finite; the last one's rows are in {out / 'bad_rows.txt'}; --resume goes on "
+                 "before them; if it happens again, start anew with a lower --lr or --dtype float32")
         if held_out and (step == steps or args.eval_every and step % args.eval_every == 0):
-            scores = evaluate(model, sums_of, held_out, size)
-            log.write(json.dumps({"step": step, **scores}) + "\n")
-            note("  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+            model.eval()
+            with torch.no_grad():
+                loss, right, n = total_sums(sums_of, held_out, size).tolist()
+            model.train()
+            log.write(json.dumps({"step": step, "eval_loss": loss / n, "eval_token_accuracy": right / n, "eval_tokens": n}) + "\n")
+            note(f"step {step}  held-out loss {loss / n:.4f}  token accuracy {right / n:.3f}")
         if step == steps or args.save_every and step % args.save_every == 0:
             last_saved = save()
+        if any(stopped):
+            break
     bar.close()
     if step < steps:
-        if last_saved < step: save()
+        if last_saved < step:
+            save()
         launch = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "RANK" in os.environ else "python"
-        note(f"stopped at step {step}; go on with: {launch} {shlex.join(['sft.py', *(a for a in argv if a not in ('--resume', '--overwrite')), '--resume'])}")
+        again = [a for a in argv if a not in ("--resume", "--overwrite")]
+        note(f"stopped after step {step}; to go on: {launch} {shlex.join(['sft.py', *again, '--resume'])}")
         raise SystemExit(128 + (stop or [signal.SIGTERM])[0])
     if RANK == 0:
         export(out / f"checkpoint-{steps}", args, out, dtype, tok, end)
@@ -647,10 +587,11 @@ def main(argv=None):
     try:
         train(args, argv)
     except torch.OutOfMemoryError:
-        fail("out of GPU memory: add --activation_checkpointing, --lora_rank 32 or --load_in_4bit, or lower --max_length")
+        fail("out of memory: add --activation_checkpointing, --lora_rank 32 or --load_in_4bit, or lower --max_length")
     except OSError as err:
-        fail(f"{err}: what is saved in {args.output_dir} is whole; --resume goes on from it")
+        fail(f"{err}: checkpoints in {args.output_dir} are whole, and --resume goes on from the newest")
 
 
 if __name__ == "__main__":
+    transformers.utils.logging.disable_progress_bar()
     main()
