@@ -1,6 +1,4 @@
-"""The exact value of an arithmetic expression: evaluate(text); whether two answers in LaTeX are equal as mathematics: equal(gold, said).
-
-Equality
+"""Whether an answer in LaTeX is equal to another as mathematics: equal(gold, said).
 
 1. Both are brought to one spelling (tidy): fractions, degrees, units, \\text{}, spaces, \\left \\right, thousands separators, boxes.
 2. Both are taken apart (shape): a set or list, a tuple or interval by its brackets, a matrix, a union, or a single value. Shapes must
@@ -11,10 +9,8 @@ Equality
 4. A worker that takes 2 s is killed and replaced. Text that would only keep it busy (long, deeply nested, towers of powers, factorials of
    large numbers, sums and integrals left to the grader) is not sent to it, unless the gold is of that kind.
 """
-import ast
 import atexit
 import json
-import operator
 import os
 import re
 import select
@@ -27,68 +23,6 @@ from functools import lru_cache
 SECONDS = 2  # that one comparison may take
 LONGEST = 500  # characters of an answer
 WORK = "import sys; sys.path.append(sys.argv.pop()); import mathematics; mathematics.work()"
-
-# ---------------------------------------------------------------------------------------------- arithmetic
-
-SIGNS = {"\u00d7": "*", "\u00b7": "*", "\\times": "*", "\\cdot": "*", "\u00f7": "/", "\\div": "/", "\u2212": "-"}
-SIGN = re.compile("|".join(map(re.escape, SIGNS)))
-ONE_STEP = re.compile(r"(0|[1-9][0-9]*)([-+*/])(0|[1-9][0-9]*)")
-ARITHMETIC = re.compile(r"(?!.*(?<![0-9.])0[0-9])[-+*/(). 0-9]+")  # no leading zeros
-
-
-def divide(a, b):
-    return a // b if type(a) is type(b) is int and b and a % b == 0 else Fraction(a) / b
-
-
-OPERATORS = {ast.Add: ("+", 1, operator.add), ast.Sub: ("-", 1, operator.sub), ast.Mult: ("*", 2, operator.mul), ast.Div: ("/", 2, divide)}
-APPLY = {sign: apply for sign, _, apply in OPERATORS.values()}
-
-
-def plain_signs(text):
-    """`×`, `·`, `\\times`, `\\cdot` as `*`; `÷`, `\\div` as `/`; U+2212 as `-`."""
-    return text if text.isascii() and "\\" not in text else SIGN.sub(lambda match: SIGNS[match[0]], text)
-
-
-def evaluate(text):
-    """One expression over numbers, + - * /, unary minus and parentheses -> (its exact value, the shortest way to write it), or None.
-
-    Nothing is executed: the characters are checked, Python's parser only reads, and `value` takes the few nodes of this grammar.
-    """
-    if len(text) > 200:
-        return None
-    return (int(text), text) if text.isdecimal() and text.isascii() and text[0] != "0" else cached_value(text)
-
-
-@lru_cache(8192)
-def cached_value(text):
-    try:
-        if step := ONE_STEP.fullmatch(text):  # most equations of a reasoning
-            return APPLY[step[2]](int(step[1]), int(step[3])), text
-        if not ARITHMETIC.fullmatch(text):
-            return None
-        return value(ast.parse(text.strip(), mode="eval").body)[:2]
-    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
-        return None
-
-
-def value(node):
-    """A parsed expression -> (exact value, shortest text, how tightly its outermost sign binds)."""
-    if type(node) is ast.Constant:
-        number = node.value if type(node.value) is int else Fraction(repr(node.value))
-        return number, str(number) if number.denominator == 1 else repr(node.value), 4
-    if type(node) is ast.UnaryOp and type(node.op) is ast.USub:
-        a, text, rank = value(node.operand)
-        return (-a, text[1:], 4) if rank == 3 else (-a, "-" + (text if rank == 4 else f"({text})"), 3)
-    if type(node) is ast.BinOp and type(node.op) in OPERATORS:
-        sign, rank, apply = OPERATORS[type(node.op)]
-        (a, left, left_rank), (b, right, right_rank) = value(node.left), value(node.right)
-        if right_rank == 3 and rank == 1:  # 2--3 is a padded 2+3
-            return apply(a, b), left + {"+": "-", "-": "+"}[sign] + right[1:], 1
-        left = left if left_rank >= rank else f"({left})"
-        right = right if right_rank > rank or right_rank == rank and sign in "+*" else f"({right})"
-        return apply(a, b), left + sign + right, rank
-    raise ValueError("not arithmetic")
-
 
 # ---------------------------------------------------------------------------------------------- one spelling
 
@@ -122,6 +56,18 @@ def tidy(text):
         text = re.sub(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])", lambda match: match[0].replace(",", ""), text)
     text = re.sub(r"_\{([0-9a-zA-Z])\}", r"_\1", text)
     return re.sub(r"^\+|[.,]+$", "", text).strip()
+
+
+def last_box(text):
+    """What the \\boxed{...} that closes last holds, braces balanced; None where there is none."""
+    opened, found = [], None
+    for match in re.finditer(r"(\\boxed\s{0,9})?\{|\}|\\.", text):
+        if match[0][-1] == "{" and match[0] != "\\{":
+            opened.append((match[1], match.end()))
+        elif match[0] == "}" and opened:
+            box, start = opened.pop()
+            found = text[start:match.start()] if box else found
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- shape

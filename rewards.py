@@ -31,6 +31,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from itertools import islice
 
+import arithmetic
 import mathematics
 import sandbox
 from rows import DataError, check, read as read_rows
@@ -55,18 +56,6 @@ def answer_block(text):
     return None if start < 0 else text[start + 8:text.find("</answer>", start)].strip()
 
 
-def last_box(text):
-    """What the \\boxed{...} that closes last holds, braces balanced; None where there is none."""
-    opened, found = [], None
-    for match in re.finditer(r"(\\boxed\s{0,9})?\{|\}|\\.", text):
-        if match[0][-1] == "{" and match[0] != "\\{":
-            opened.append((match[1], match.end()))
-        elif match[0] == "}" and opened:
-            box, start = opened.pop()
-            found = text[start:match.start()] if box else found
-    return found
-
-
 NUMERAL = r"[1-9][0-9]{0,2}(?:(,|\{,\}| )[0-9]{3}(?:\1[0-9]{3})*)(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
 
 
@@ -77,7 +66,7 @@ def answer(text, style="reasoning", strict=True, labels=None):
     if strict or text is None or said is not None:
         return said
     text = re.sub("</?answer>", "\n", text)[-10_000:]  # stray tags; no answer stands further from the end
-    if (box := last_box(text)) is not None:
+    if (box := mathematics.last_box(text)) is not None:
         return box.strip()
     for pattern in (r"####[ \t]*(.*)", r"(?i:answer is)[ \t]*:?[ \t]*((?:[^.\n]|\.(?=\S))*)"):  # to the end of line, of sentence
         if found := re.findall(pattern, text):
@@ -91,13 +80,13 @@ def answer(text, style="reasoning", strict=True, labels=None):
 
 def expression(said, row):
     """(value, shortest text, text) of a countdown answer that keeps to the rules, whatever its value; else None."""
-    said = re.sub(r"[^\S ]", " ", mathematics.plain_signs(said)).strip() if len(said) < 2000 else ""  # any Unicode space is a space
+    said = re.sub(r"[^\S ]", " ", arithmetic.plain_signs(said)).strip() if len(said) < 2000 else ""  # any Unicode space is a space
     body, equals, result = said.partition("=")
     if not 0 < len(said) <= 200 or "." in body or equals and result.strip() != str(row["target"]):
         return None
     if sorted(map(int, re.findall("[0-9]+", body))) != sorted(row["nums"]):
         return None
-    found = mathematics.evaluate(body)
+    found = arithmetic.evaluate(body)
     return found and (*found, said)
 
 
@@ -167,7 +156,7 @@ def gsm8k(said, row):
 # ---------------------------------------------------------------------------------------------- math, arc, code
 
 def math_gold(row):
-    return str(row["answer"]) if row.get("answer") is not None else last_box(str(row.get("solution")))
+    return str(row["answer"]) if row.get("answer") is not None else mathematics.last_box(str(row.get("solution")))
 
 
 def math_(said, row):
@@ -225,55 +214,10 @@ def length_part(n_tokens, length=LENGTH):
     return -min(1.0, over / max(length[1] - length[0], 1e-9)) if over > 0 else 0.0
 
 
-TERM = r"(?:-?\(+)?-?[0-9]{1,12}(?:\.[0-9]{1,9})?\)*"
-SIDE = rf"{TERM}(?: ?[-+*/] ?{TERM})*"
-EQUATIONS = re.compile(rf"(?<![-+*/^=.()\w\\])(?<![-+*/^=(] ){SIDE}(?: ?= ?{SIDE})+(?![\w(^\\]| ?[-+*/^]|\.[0-9])")
-STEP, OPERAND = re.compile("[0-9)][-+*/]"), re.compile("[0-9.]+")  # of a side that is more than a number
-BULLETS, TIMES, GROUPS = re.compile("(?m)^ ?[-*\u2022] "), re.compile("(?<=[0-9]) ?[xX] ?(?=[0-9])"), re.compile("(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
-
-
-def take(pool, operands, result):
-    """The numbers at hand after a step that uses up `operands` and leaves `result`; None where one of them is not at hand."""
-    pool = list(pool)
-    for operand in operands:
-        if operand not in pool:
-            return None
-        pool.remove(operand)
-    return [*pool, result]
-
-
 def process_part(text, style, nums=None):
-    """Share of the distinct equations of the reasoning that are true: an expression and what it equals, `3+5=8`.
-
-    Repeating one earns nothing more. With `nums` (countdown) the operands must also be at hand at that point: given numbers, or
-    results of true equations so far, each used up by the step that takes it. A step may go on from any point reached before, so
-    that several tries start afresh. At most 200 equations of the first 20,000 characters count.
-    """
-    text = text[:max(text.rfind(f"</{style}>"), 0)][:20_000].rpartition(f"<{style}>")[2]
-    if "=" not in text:
-        return 0.0
-    text = "\n".join(line for line in mathematics.plain_signs(text).replace("$", " ").split("\n") if "=" in line)
-    text = BULLETS.sub("", re.sub(r"[ \t]{2,}|\t", " ", text))
-    text = GROUPS.sub("", TIMES.sub("*", text))
-    pools, verdicts = [sorted(nums or ())], {}
-    for chain in EQUATIONS.findall(text):
-        sides = chain.replace(" ", "").split("=")
-        for one, other in zip(sides, sides[1:]):
-            written = [side for side in (one, other) if not side.isdecimal() and STEP.search(side)]
-            if not written or len(verdicts) >= 200:
-                continue
-            left, right = mathematics.evaluate(one), mathematics.evaluate(other)
-            key = (left[1] if left else one, right[1] if right else other)  # `2 + 3`, `(2+3)`, `2.0+3` are the same
-            if key in verdicts:
-                continue
-            verdicts[key] = left is not None and right is not None and left[0] == right[0]
-            if verdicts[key] and nums is not None:
-                for side in written:
-                    operands = [Fraction(number) if "." in number else int(number) for number in OPERAND.findall(side)]
-                    reached = [after for pool in pools if (after := take(pool, operands, abs(left[0])))]
-                    verdicts[key] = verdicts[key] and bool(reached)
-                pools += reached[:64 - len(pools)] if verdicts[key] else []
-    return sum(verdicts.values()) / len(verdicts) if verdicts else 0.0
+    """Share of the distinct equations of the reasoning that are true, `3+5=8`; for countdown with operands at hand: arithmetic.py."""
+    reasoning = text[:max(text.rfind(f"</{style}>"), 0)]
+    return arithmetic.share_true(reasoning[:20_000].rpartition(f"<{style}>")[2], nums) if "=" in reasoning else 0.0
 
 
 def efficiency_part(said, row):
@@ -426,8 +370,6 @@ def load_rows(source, split):
         if TASKS[task]["gold"](row) in (None, ""):
             raise DataError(f"{place}: {TASKS[task]['needs']}")
         rows.append({**row, "task": task})
-    if not rows:
-        raise DataError(f"{path}: holds no rows")
     if missing := ready(task):
         raise DataError(f"{source}: {missing}")
     return rows

@@ -11,23 +11,25 @@ class DataError(ValueError):
 
 
 def read(path, config, split):
-    """(place, row) of each row. path: a .jsonl or .parquet file (whatever the split), a folder that holds {split}.jsonl or
+    """(place, row) of each row, one at least. path: a .jsonl or .parquet file (whatever the split), a folder that holds {split}.jsonl or
     {split}.parquet, or else a hub id, with its configuration."""
-    here, rows = Path(path).expanduser(), 0
+    here, empty = Path(path).expanduser(), True
     try:
         if here.is_dir():
             here = file_of(here, split)
         if here.is_file():
             if here.suffix not in (".jsonl", ".parquet"):
                 raise DataError(f"{here}: a data file must end in .jsonl or .parquet")
-            for rows, row in enumerate((jsonl_rows if here.suffix == ".jsonl" else parquet_rows)(here), 1):
-                yield row
-            if not rows:
-                raise DataError(f"{here}: holds no rows")
+            rows = (jsonl_rows if here.suffix == ".jsonl" else parquet_rows)(here)
         elif here.suffix in (".jsonl", ".parquet") or not re.fullmatch(r"(?!data/)\w[\w.-]*/[\w.-]+", path) or here.parent.exists():
             raise DataError(f"{here}: no such file or folder")
         else:
-            yield from hub_rows(path, config, split)
+            rows = hub_rows(path, config, split)
+        for place, row in rows:
+            yield place, row
+            empty = False
+        if empty:
+            raise DataError(f"{here}: holds no rows")
     except OSError as error:
         raise DataError(f"{here}: cannot be read ({error.strerror or error})") from None
 

@@ -1,0 +1,115 @@
+"""Exact arithmetic on text: the value of an expression, and which equations of a reasoning are true. Nothing is executed, no float."""
+import ast
+import operator
+import re
+from fractions import Fraction
+from functools import lru_cache
+
+SIGNS = {"\u00d7": "*", "\u00b7": "*", "\\times": "*", "\\cdot": "*", "\u00f7": "/", "\\div": "/", "\u2212": "-"}
+SIGN = re.compile("|".join(map(re.escape, SIGNS)))
+ONE_STEP = re.compile(r"(0|[1-9][0-9]*)([-+*/])(0|[1-9][0-9]*)")
+ARITHMETIC = re.compile(r"(?!.*(?<![0-9.])0[0-9])[-+*/(). 0-9]+")  # no leading zeros
+
+
+def divide(a, b):
+    return a // b if type(a) is type(b) is int and b and a % b == 0 else Fraction(a) / b
+
+
+OPERATORS = {ast.Add: ("+", 1, operator.add), ast.Sub: ("-", 1, operator.sub), ast.Mult: ("*", 2, operator.mul), ast.Div: ("/", 2, divide)}
+APPLY = {sign: apply for sign, _, apply in OPERATORS.values()}
+
+
+def plain_signs(text):
+    """`×`, `·`, `\\times`, `\\cdot` as `*`; `÷`, `\\div` as `/`; U+2212 as `-`."""
+    return text if text.isascii() and "\\" not in text else SIGN.sub(lambda match: SIGNS[match[0]], text)
+
+
+def evaluate(text):
+    """One expression over numbers, + - * /, unary minus and parentheses -> (its exact value, the shortest way to write it), or None.
+
+    Nothing is executed: the characters are checked, Python's parser only reads, and `value` takes the few nodes of this grammar.
+    """
+    if len(text) > 200:
+        return None
+    return (int(text), text) if text.isdecimal() and text.isascii() and text[0] != "0" else cached_value(text)
+
+
+@lru_cache(8192)
+def cached_value(text):
+    try:
+        if step := ONE_STEP.fullmatch(text):  # most equations of a reasoning
+            return APPLY[step[2]](int(step[1]), int(step[3])), text
+        if not ARITHMETIC.fullmatch(text):
+            return None
+        return value(ast.parse(text.strip(), mode="eval").body)[:2]
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
+
+
+def value(node):
+    """A parsed expression -> (exact value, shortest text, how tightly its outermost sign binds)."""
+    if type(node) is ast.Constant:
+        number = node.value if type(node.value) is int else Fraction(repr(node.value))
+        return number, str(number) if number.denominator == 1 else repr(node.value), 4
+    if type(node) is ast.UnaryOp and type(node.op) is ast.USub:
+        a, text, rank = value(node.operand)
+        return (-a, text[1:], 4) if rank == 3 else (-a, "-" + (text if rank == 4 else f"({text})"), 3)
+    if type(node) is ast.BinOp and type(node.op) in OPERATORS:
+        sign, rank, apply = OPERATORS[type(node.op)]
+        (a, left, left_rank), (b, right, right_rank) = value(node.left), value(node.right)
+        if right_rank == 3 and rank == 1:  # 2--3 is a padded 2+3
+            return apply(a, b), left + {"+": "-", "-": "+"}[sign] + right[1:], 1
+        left = left if left_rank >= rank else f"({left})"
+        right = right if right_rank > rank or right_rank == rank and sign in "+*" else f"({right})"
+        return apply(a, b), left + sign + right, rank
+    raise ValueError("not arithmetic")
+
+
+# ---------------------------------------------------------------------------------------------- equations
+
+TERM = r"(?:-?\(+)?-?[0-9]{1,12}(?:\.[0-9]{1,9})?\)*"
+SIDE = rf"{TERM}(?: ?[-+*/] ?{TERM})*"
+EQUATIONS = re.compile(rf"(?<![-+*/^=.()\w\\])(?<![-+*/^=(] ){SIDE}(?: ?= ?{SIDE})+(?![\w(^\\]| ?[-+*/^]|\.[0-9])")
+STEP, OPERAND = re.compile("[0-9)][-+*/]"), re.compile("[0-9.]+")  # of a side that is more than a number
+BULLETS, TIMES, GROUPS = re.compile("(?m)^ ?[-*\u2022] "), re.compile("(?<=[0-9]) ?[xX] ?(?=[0-9])"), re.compile("(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
+
+
+def take(pool, operands, result):
+    """The numbers at hand after a step that uses up `operands` and leaves `result`; None where one of them is not at hand."""
+    pool = list(pool)
+    for operand in operands:
+        if operand not in pool:
+            return None
+        pool.remove(operand)
+    return [*pool, result]
+
+
+def share_true(text, nums=None):
+    """Share of the distinct equations of a text that are true: an expression and what it equals, `3+5=8`; 0 where there is none.
+
+    Repeating one earns nothing more. With `nums` (countdown) the operands must also be at hand at that point: given numbers, or
+    results of true equations so far, each used up by the step that takes it. A step may go on from any point reached before, so
+    that several tries start afresh. At most 200 equations count.
+    """
+    text = "\n".join(line for line in plain_signs(text).replace("$", " ").split("\n") if "=" in line)
+    text = BULLETS.sub("", re.sub(r"[ \t]{2,}|\t", " ", text))
+    text = GROUPS.sub("", TIMES.sub("*", text))
+    pools, verdicts = [sorted(nums or ())], {}
+    for chain in EQUATIONS.findall(text):
+        sides = chain.replace(" ", "").split("=")
+        for one, other in zip(sides, sides[1:]):
+            written = [side for side in (one, other) if not side.isdecimal() and STEP.search(side)]
+            if not written or len(verdicts) >= 200:
+                continue
+            left, right = evaluate(one), evaluate(other)
+            key = (left[1] if left else one, right[1] if right else other)  # `2 + 3`, `(2+3)`, `2.0+3` are the same
+            if key in verdicts:
+                continue
+            verdicts[key] = left is not None and right is not None and left[0] == right[0]
+            if verdicts[key] and nums is not None:
+                for side in written:
+                    operands = [Fraction(number) if "." in number else int(number) for number in OPERAND.findall(side)]
+                    reached = [after for pool in pools if (after := take(pool, operands, abs(left[0])))]
+                    verdicts[key] = verdicts[key] and bool(reached)
+                pools += reached[:64 - len(pools)] if verdicts[key] else []
+    return sum(verdicts.values()) / len(verdicts) if verdicts else 0.0
