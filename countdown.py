@@ -23,7 +23,8 @@ The generator:
         5+3=8 8*2=16 no
         5*2=10 10+3=13 ok
     It is impatient: it stops after a miss with chance --give_up, or at --max_lines, and answers with its last line.
-    A model that starts from such traces knows the form, and RL has persistence and aim to teach.
+    Its lines are random but for a share --aim, drawn among those that hit. A model that starts from such traces knows the
+    form, and RL has aim and persistence to teach.
 
 Files in --out: train.jsonl, test.jsonl, val.jsonl (with --val), rows of {nums, target, solution, difficulty, trace,
 trace_answer}; sft.jsonl: the train rows --traces times, each with its own trace. Same flags, same bytes on any machine.
@@ -74,7 +75,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("teacher")
     g.add_argument("--max_lines", type=int, default=5, help="lines of a trace at most")
     g.add_argument("--give_up", type=float, default=0.3, help="probability of stopping after each miss, 0 to 1")
-    g.add_argument("--aim", type=float, default=0.0, help="probability that a line's last operation hits if one can")
+    g.add_argument("--aim", type=float, default=0.0, help="probability that a line is drawn among those that hit")
     g.add_argument("--max_value", type=int, default=99, help="largest result in a trace; at least max_number")
     a = p.parse_args(argv)
     for names, low, high in (("train val test traces min_search", 0, 10**12), ("max_lines max_value", 1, 10**12),
@@ -297,7 +298,11 @@ def teach(nums, target, rand, max_lines, give_up, aim, max_value):
     """Step 5: the trace and its answer, the last line's expression, right or wrong. No line comes twice."""
     lines, max_value = {}, max(max_value, *nums)  # line -> (verdict, expression), in the order of play
     for _ in range(50 * max_lines):  # few numbers give few lines: a bound, lest we wait for one that is not there
-        line, value, expression = play(nums, target, rand, aim, max_value)
+        tries = 200 if aim and rand() < aim else 1  # enough to hit with 3 numbers, nearly always
+        for _ in range(tries):
+            line, value, expression = play(nums, rand, max_value)
+            if value == target:
+                break
         if line not in lines:
             lines[line] = "ok" if value == target else "no", expression
             if value == target or len(lines) == max_lines or rand() < give_up:
@@ -306,7 +311,7 @@ def teach(nums, target, rand, max_lines, give_up, aim, max_value):
     return {"trace": trace, "trace_answer": write([*lines.values()][-1][1])[0]}
 
 
-def play(nums, target, rand, aim, max_value):
+def play(nums, rand, max_value):
     """One line of play: its text, its result and the expression it amounts to. Larger operand first, whole results."""
     hand, steps = [(x, x) for x in nums], []  # values, each with its expression: a number or (op, left, right)
     while len(hand) > 1:
@@ -315,8 +320,6 @@ def play(nums, target, rand, aim, max_value):
         (a, x), (b, y) = (hand[i], hand[j]) if hand[i][0] >= hand[j][0] else (hand[j], hand[i])
         moves = [("-", a - b), ("+", a + b), ("*", a * b), ("/", a // b if b and not a % b else max_value + 1)]
         moves = [move for move in moves if move[1] <= max_value]
-        if len(hand) == 2 and (hits := [move for move in moves if move[1] == target]) and rand() < aim:
-            moves = hits
         op, value = moves[int(rand() * len(moves))]
         steps.append(f"{a}{op}{b}={value}")
         hand = [h for k, h in enumerate(hand) if k not in (i, j)] + [(value, (op, x, y))]

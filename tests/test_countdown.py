@@ -188,7 +188,7 @@ def test_a_random_player_needs_more_lines_for_harder_problems(large):
     rand, hits = random.Random(0).random, {"easy": [], "medium": [], "hard": []}
     for row in large["train"]:
         for _ in range(20):
-            _, value, _ = countdown.play(row["nums"], row["target"], rand, 0, 9999)
+            _, value, _ = countdown.play(row["nums"], rand, 9999)
             hits[row["difficulty"]].append(value == row["target"])
     easy, medium, hard = (sum(h) / len(h) for h in hits.values())
     assert easy > 1.5 * medium > 1.5 * 1.5 * hard > 0
@@ -262,12 +262,12 @@ def test_knobs_of_the_teacher_do_what_they_say(large):
     assert solved(traces(give_up=0.9)) < solved(traces(give_up=0.1)) - 0.05
 
 
-def test_an_aiming_teacher_never_misses_a_hit_that_its_last_operation_has():
+def test_a_teacher_that_always_aims_hits_with_its_first_line():
     rand = random.Random(0).random
-    for _ in range(300):
-        line, value, _ = countdown.play([2, 3, 7], 13, rand, 1, 99)
-        a, b = sorted([int(line.split("=")[1].split()[0]), *{2, 3, 7} - {*map(int, re.findall(r"\d+", line)[:2])}])
-        assert (value == 13) == (13 in (a + b, b - a, a * b) or a > 0 and 13 * a == b)
+    for nums, target in (([2, 3, 7], 13), ([1, 5, 9], 14), ([4, 6, 12], 8)):
+        for _ in range(30):
+            taught = countdown.teach(nums, target, rand, 5, 0, 1, 99)
+            assert taught["trace"].endswith(f"={target} ok") and "\n" not in taught["trace"]
 
 
 def test_a_teacher_out_of_lines_stops():
@@ -327,7 +327,7 @@ def test_an_old_val_file_does_not_stay_beside_new_training_data(tmp_path):
 def test_a_request_that_cannot_be_met_gets_one_line_and_exit_code_2(flags, says, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         countdown.main(["--out", str(tmp_path / "new"), *flags])
-    said = capsys.readouterr().err.strip()
+    said = capsys.readouterr().err.strip().split("\r")[-1].strip()  # a slow machine shows a progress bar before it
     assert stop.value.code == 2
     assert says in said and said.startswith("countdown.py: ") and "\n" not in said
     assert not (tmp_path / "new").exists()
