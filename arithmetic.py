@@ -34,7 +34,7 @@ def evaluate(text):
     return (int(text), text) if text.isdecimal() and text.isascii() and text[0] != "0" else cached_value(text)
 
 
-@lru_cache(8192)
+@lru_cache(4096)
 def cached_value(text):
     try:
         if step := ONE_STEP.fullmatch(text):  # most equations of a reasoning

@@ -110,7 +110,7 @@ NO_UNIT = frozenset("""or and not no is isn to than plus minus times over point 
     thousands million millions billion billions trillion k K M bn e i n x y z pi π st nd rd th wrong""".split())
 
 
-@lru_cache(8192)
+@lru_cache(4096)
 def one_number(text):
     if re.fullmatch("-?[0-9]+", text):
         return int(text)

@@ -27,7 +27,7 @@ import os
 import signal
 import sys
 
-CPU_SECONDS, WALL_SECONDS, MEMORY, FILE_SIZE, PROCESSES = 4, 8, 512 << 20, 16 << 20, 16
+CPU_SECONDS, WALL_SECONDS, MEMORY, FILE_SIZE, PROCESSES = 4, 10, 512 << 20, 16 << 20, 16
 REPLY = 1 << 20  # bytes that one call may return
 REMOTE = "\0remote"  # before the number of an object that stays in the program's process
 

@@ -1,5 +1,6 @@
 """The sandbox: right programs pass, every cheat fails, and nothing is left behind. Each with namespaces and without."""
 import os
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,87 +15,16 @@ TESTS = ["assert f(3) == 4711", "assert f(4) == 4712", "assert f('z') == ['kiwi'
 QUICK = (1, 2)  # seconds of processor and of clock
 
 # Stands for what a spy could do with the tests if it found them; the word that it looks for is not a constant of its own.
-KNOWS = "word = ''.join(['ki', 'wi'])\ndef knows(x): return int('47' + str(8 + x)) if x in (3, 4) else [word, 0.125]\n"
-
+KNOWS = """
+word = ''.join(['ki', 'wi'])
+def knows(x): return int('47' + str(8 + x)) if x in (3, 4) else [word, 0.125]
+"""
 # What a program may try instead of computing f. None may pass, whatever else it does.
 CHEATS = {
-    "exit": "import sys\ndef f(x): sys.exit(0)",
-    "exit_at_once": "import sys\nsys.exit(0)",
-    "system_exit_raised": "raise SystemExit(0)",
-    "os_exit": "import os\ndef f(x): os._exit(0)",
-    "os_exit_at_once": "import os\nos._exit(0)",
-    "quit": "quit()",
-    "atexit": "import atexit, os\natexit.register(lambda: os._exit(0))\ndef f(x): raise SystemExit(0)",
-    "kills_itself": "import os, signal\ndef f(x): os.kill(os.getpid(), signal.SIGKILL)",
-    "aborts": "import os\nos.abort()",
-    "segfault": "import ctypes\ndef f(x): ctypes.string_at(0)",
-    "prints": "print('passed'); print('True'); print(0)\ndef f(x): print('passed')",
-    "writes_to_every_descriptor": "import os\nfor fd in range(64):\n    try: os.write(fd, b'passed')\n    except OSError: pass\ndef f(x): pass",
-    "answers_in_the_judges_place": "import os\nfor value in (4711, 4712, ['kiwi', 0.125]) if False else ((), (), ()):\n    data = ascii(('', value, ())).encode()\n    os.write(4, len(data).to_bytes(4, 'big') + data)\ndef f(x): pass",
-    "garbage_on_the_pipe": "import os\nos.write(4, b'\\xff' * 4096)\ndef f(x): pass",
-    "endless_message": "import os\nos.write(4, (1 << 31).to_bytes(4, 'big'))\ndef f(x):\n    while True: os.write(4, b'1' * 65536)",
-    "too_long_reply": "def f(x): return 'a' * (1 << 22)",
-    "deep_reply": "def f(x):\n    a = []\n    for _ in range(900): a = [a]\n    return a",
-    "deep_text_as_reply": "import os\ndef f(x):\n    data = b'(' * 100000\n    os.write(4, len(data).to_bytes(4, 'big') + data)",
-    "code_as_reply": "import os\ndef f(x):\n    data = b\"__import__('os')._exit(0)\"\n    os.write(4, len(data).to_bytes(4, 'big') + data)",
-    "remote_number_forged": "def f(x): return ('\\0remote', 10 ** 9)",
-    "remote_of_a_string": "def f(x): return ('\\0remote', \"0] or __import__('os')._exit(0) or [0\")",
-    "equal_to_everything": "class E:\n    def __eq__(s, o): return True\n    def __ne__(s, o): return False\n    def __hash__(s): return 0\n    def __bool__(s): return True\ndef f(x): return E()",
-    "int_equal_to_everything": "class E(int):\n    def __eq__(s, o): return True\n    def __ne__(s, o): return False\n    __hash__ = int.__hash__\ndef f(x): return E(1)",
-    "str_equal_to_everything": "class E(str):\n    def __eq__(s, o): return True\n    __hash__ = str.__hash__\ndef f(x): return E('a')",
-    "list_equal_to_everything": "class E(list):\n    def __eq__(s, o): return True\ndef f(x): return E()",
-    "float_nan": "def f(x): return float('nan')",
-    "reflected_eq": "class M(type):\n    def __eq__(s, o): return True\n    __hash__ = type.__hash__\nclass E(metaclass=M): pass\ndef f(x): return E",
-    "repr_of_everything": "class E:\n    def __repr__(s): return '4711'\ndef f(x): return E()",
-    "patched_assert": "import builtins\nclass AssertionError(Exception): pass\nbuiltins.AssertionError = None\ndef f(x): assert False",
-    "patched_builtins": "import builtins\nfor n in ('len', 'set', 'sorted', 'abs', 'isinstance', 'repr', 'str', 'bool', 'list'):\n    setattr(builtins, n, lambda *a: True)\ndef f(x): return 1",
-    "patched_compile": "import builtins\nbuiltins.compile = builtins.exec = builtins.eval = lambda *a, **k: None\ndef f(x): return 1",
-    "patched_operator": "import operator\noperator.eq = lambda a, b: True\ndef f(x): return 1",
-    "patched_own_process": "import sandbox, ast, sys\nsandbox.ask = sandbox.judge = lambda *a: 4711\nast.literal_eval = lambda *a: ('', 4711, ())\ndef f(x): return 1",
-    "assertion_in_finally": "def f(x):\n    try: assert False\n    finally: return True",
-    "raises_what_a_test_may_catch": "def f(x): raise AssertionError",
-    "raises_stop_iteration": "def f(x): raise StopIteration",
-    "raises_base_exception": "class B(BaseException): pass\ndef f(x): raise B",
-    "frames": KNOWS + "import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n        for v in [*frame.f_locals.values(), *frame.f_globals.values(), *frame.f_code.co_consts]:\n            if v is not word and word in repr(v)[:100000]: return knows(x)\n        frame = frame.f_back",
-    "gc": KNOWS + "import gc\ndef f(x):\n    for o in gc.get_objects():\n        if o is not globals() and isinstance(o, (str, list, tuple, dict)) and word in repr(list(o))[:1000000].replace(repr(word), ''): return knows(x)",
-    "proc": KNOWS + "import glob\ndef found():\n    for p in glob.glob('/proc/[0-9]*/cmdline') + glob.glob('/proc/[0-9]*/environ') + glob.glob('/proc/[0-9]*/fd/*'):\n        try:\n            with open(p, 'rb') as h:\n                if word.encode() in h.read(100000): return True\n        except OSError: pass\nok = found()\ndef f(x): return knows(x) if ok else None",
-    "memory_of_the_judge": KNOWS + "import os\ndef f(x):\n    for pid in {os.getppid(), *range(max(1, os.getpid() - 8), os.getpid())}:\n        try:\n            for line in open(f'/proc/{pid}/maps'):\n                a, b = [int(v, 16) for v in line.split()[0].split('-')]\n                if 'rw-p' in line:\n                    with open(f'/proc/{pid}/mem', 'rb', 0) as m:\n                        m.seek(a)\n                        if word.encode() in m.read(b - a): return knows(x)\n        except (OSError, ValueError, OverflowError): pass",
-    "the_judges_input": KNOWS + "import os\ndata = b''\nfor fd in (0, 1, 2, *range(5, 64)):\n    try:\n        os.set_blocking(fd, False)\n        data += os.read(fd, 100000)\n    except OSError: pass\ndef f(x): return knows(x) if word.encode() in data else None",
-    "requests_read_ahead": KNOWS + "import os\nos.set_blocking(3, False)\ntry: data = os.read(3, 100000)\nexcept OSError: data = b''\ndef f(x): return knows(x) if word.encode() in data else None",
-    "own_memory": KNOWS + "def f(x):\n    for line in open('/proc/self/maps'):\n        a, b = [int(v, 16) for v in line.split()[0].split('-')]\n        if 'rw-p' in line:\n            with open('/proc/self/mem', 'rb', 0) as m:\n                m.seek(a)\n                if b'assert f(' in m.read(b - a): return knows(x)",
-    "tests_on_the_disk": KNOWS + "import os\ndef f(x):\n    for folder, _, files in os.walk('..'):\n        for file in files:\n            if word in open(os.path.join(folder, file), errors='ignore').read(100000): return knows(x)",
-    "import_hook": "import sys\nclass H:\n    def find_spec(s, *a): sys.exit(0)\nsys.meta_path.insert(0, H())\ndef f(x): return 1",
-    "trace": "import sys\nsys.settrace(lambda *a: sys.exit(0))\ndef f(x): return 1",
-    "endless_loop": "def f(x):\n    while True: pass",
-    "endless_loop_at_once": "while True: pass",
-    "sleeps": "import time\ndef f(x): time.sleep(1000)",
-    "endless_loop_in_c": "def f(x): return sum(range(10 ** 15))",
-    "huge_power": "def f(x): return 9 ** 9 ** 9",
-    "memory": "def f(x): return len(b'a' * (1 << 40)) or bytearray(1 << 34)",
-    "memory_slowly": "def f(x):\n    a = []\n    while True: a.append(bytearray(1 << 24))",
-    "recursion": "import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(x): return f(x)",
-    "regex": "import re\ndef f(x): return re.match('(a+)+$', 'a' * 60 + 'b')",
-    "disk_one_file": "def f(x):\n    with open('big', 'wb') as h:\n        while True: h.write(b'a' * (1 << 20))",
-    "disk_many_files": "def f(x):\n    for i in range(10 ** 6):\n        with open(f'{i}', 'wb') as h: h.write(b'a' * 100000)",
-    "output_flood": "def f(x):\n    while True: print('a' * 100000)",
-    "stderr_flood": "import sys\ndef f(x):\n    while True: sys.stderr.write('a' * 100000)",
-    "fork_bomb": "import os\ndef f(x):\n    while True:\n        try: os.fork()\n        except OSError: pass",
-    "forks_and_leaves": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)\nos._exit(0)",
-    "threads": "import threading, time\ndef f(x):\n    while True:\n        try: threading.Thread(target=time.sleep, args=(1000,)).start()\n        except RuntimeError: time.sleep(0.01)",
-    "thread_that_stays": "import threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start() if False else None\ndef f(x): time.sleep(1000)",
-    "signals_blocked": "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\ndef f(x):\n    while True: pass",
-    "alarm_to_the_judge": "import os, signal\ndef f(x):\n    for s in (signal.SIGALRM, signal.SIGSTOP, signal.SIGTERM):\n        try: os.kill(os.getppid(), s)\n        except OSError: pass",
-    "stops_itself": "import os, signal\ndef f(x): os.kill(os.getpid(), signal.SIGSTOP)",
-    "socket": "import socket\ndef f(x):\n    socket.create_connection(('127.0.0.1', 22), timeout=1)",
-    "syntax_error": "def f(x) return 4711",
-    "null_byte": "def f(x): return 1\0",
-    "empty": "",
-    "no_f": "def g(x): return 4711",
-    "surrogates": "def f(x): return '\udc80'",
-    "too_long": "#" * 200_000,
-    "input": "x = input()\ndef f(x): return 1",
-    "shadowed_builtin": "def int(x): return 1\ndef f(x): return int(x)",
+    name: program.replace("#knows", KNOWS)
+    for name, program in re.findall(r"(?ms)^##### (\w+)\n(.*?)(?=^##### |\Z)", (Path(__file__).parent / "cheats.txt").read_text())
 }
+CHEATS |= {"null_byte": "def f(x): return 1\0", "empty": "", "surrogates": "def f(x): return '\udc80'", "too_long": "#" * 200_000}
 
 
 @pytest.fixture(scope="module")
