@@ -124,7 +124,9 @@ def parse_args(argv=None):
     add("--warmup", type=int, default=10, help="steps of linear warm-up")
     add("--lr_schedule", choices=["constant", "linear", "cosine"], default="constant", help="after the warm-up")
     add("--max_grad_norm", type=float, default=1.0, help="clips the gradient to this norm; 0: never")
-    add("--optim", choices=["adamw", "adamw8bit"], default="adamw", help="8-bit states take 2 bytes a parameter, not 8")
+    add("--optim", choices=["adamw", "adamw8bit", "muon"], default="adamw",
+        help="8-bit states take 2 bytes a parameter, not 8; muon: for the layers' matrices, the rest by adamw")
+    add("--muon_lr", type=float, default=1e-3, help="peak learning rate of Muon's matrices")
     add = p.add_argument_group("model and memory").add_argument
     add("--lora_rank", type=int, default=0, help="LoRA on all linear layers; 0: train the whole model")
     add("--lora_alpha", type=float, default=32, help="the adapter is scaled by alpha / rank")
@@ -149,7 +151,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of data order and sampling")
     a = p.parse_args(argv)
     for name, low in dict(prompts_per_step=1, max_new_tokens=1, temperature=1e-3, temperature_end=1e-3, max_resample=0, clip_low=0,
-                          sample_batch_size=1, clip_high=0, beta=0, steps=1, inner_epochs=1, micro_batch_size=1, lr=0, warmup=0,
+                          sample_batch_size=1, clip_high=0, beta=0, steps=1, inner_epochs=1, micro_batch_size=1, lr=0, muon_lr=0, warmup=0,
                           max_grad_norm=0, lora_rank=0, lora_alpha=1e-3, eval_every=1, save_every=0, keep=1, sample_every=1, seed=0).items():
         if getattr(a, name) is not None and not low <= getattr(a, name) < math.inf:
             fail(f"--{name} {getattr(a, name)}: must be at least {low}")
@@ -495,6 +497,10 @@ class Masters:
         master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
         p.grad = None
 
+    def zero_grad(self):
+        for p in (*self.short, *self.parameters):
+            p.grad = None
+
     @torch.no_grad()
     def write_back(self):
         for p, master in self.short.items():
@@ -569,16 +575,21 @@ def build(args, tokenizer, data, eval_data):
     if not eos_ids:
         fail(f"--model {args.model}: neither its tokenizer nor its generation config names an end token")
     masters = Masters([p for p in model.parameters() if p.requires_grad])
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    muon = {name for name in names if args.optim == "muon" and ".layers." in name and model.get_parameter(name).ndim == 2}
+    matrices, rest = ([p for name, p in zip(names, masters.parameters) if (name in muon) is wanted] for wanted in (True, False))
     if args.optim == "adamw8bit":
         import bitsandbytes
-        optimizer = bitsandbytes.optim.AdamW8bit(masters.parameters, args.lr, weight_decay=0.0)
+        optimizers = [bitsandbytes.optim.AdamW8bit(rest, args.lr, weight_decay=0.0)]
     else:
-        optimizer = torch.optim.AdamW(masters.parameters, args.lr, weight_decay=0.0, fused=True)
+        optimizers = [torch.optim.AdamW(rest, args.lr, weight_decay=0.0, fused=True)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, args.muon_lr, weight_decay=0.0))
     model.eval()
     refresh(sampler, model)
     return types.SimpleNamespace(
         args=args, tokenizer=tokenizer, eos_ids=eos_ids, data=data, eval_data=eval_data, device=device, model=model, logps=lm.logps,
-        reference=reference, sampler=sampler, masters=masters, optimizer=optimizer, check=lambda: None,
+        reference=reference, sampler=sampler, masters=masters, optimizers=optimizers, check=lambda: None,
         curriculum=Curriculum(len(data), args.group_size, args.seed, args.curriculum_floor))
 
 
@@ -629,11 +640,12 @@ def update(run, trained, temperature, lr):
     empty = {name: torch.zeros_like(x) if name == "mask" else x for name, x in batches[-1].items()}
     batches = (batches + [dict(empty) for _ in range(-len(batches) % WORLD)])[RANK::WORLD]      # as many passes in each process
     run.model.train()
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.defaults["lr"] * lr / args.lr if args.lr else 0.0
     for epoch in range(args.inner_epochs if num_tokens else 0):
         while True:
-            run.optimizer.zero_grad()
+            run.masters.zero_grad()
             run.model.zero_grad()                               # what an error left there
             try:
                 sums = backward(run, batches, temperature, num_tokens, len(trained), (lambda: None) if epoch or WORLD > 1 else run.check)
@@ -645,15 +657,17 @@ def update(run, trained, temperature, lr):
             batches = [dict(zip(b, half)) for b in batches for half in zip(*(x.tensor_split(2) for x in b.values())) if len(half[0])]
             args.micro_batch_size = -(-args.micro_batch_size // 2)
             note(f"out of GPU memory: --micro_batch_size {args.micro_batch_size} from here on; the update is the same")
-        for p in masters if WORLD > 1 and not args.fsdp else []:
-            dist.all_reduce(p.grad)
+        waits = [dist.all_reduce(p.grad, async_op=True) for p in masters] if WORLD > 1 and not args.fsdp else []
+        for wait in waits:
+            wait.wait()
         norm = float(full(torch.nn.utils.clip_grad_norm_(masters, args.max_grad_norm or math.inf)))                        # 7
         if math.isfinite(norm):
-            run.optimizer.step()
+            for optimizer in run.optimizers:
+                optimizer.step()
             run.masters.write_back()
         shares = gather(sums | {"grad_norm": norm / WORLD, "skipped": (not math.isfinite(norm)) / WORLD})
         metrics = {name: metrics.get(name, 0) + sum(share[name] for share in shares) / args.inner_epochs for name in shares[0]}
-    run.optimizer.zero_grad()
+    run.masters.zero_grad()
     run.model.eval()
     refresh(run.sampler, run.model)
     return metrics
@@ -678,7 +692,7 @@ def save_checkpoint(run, step):
     disk; only then do older ones go."""
     folder = Path(run.args.output_dir) / f"checkpoint-{step}"
     tmp = folder.with_name(f"tmp-{folder.name}")
-    state = tree_map(full, {"optimizer": run.optimizer.state_dict(), "masters": [p.detach() for p in run.masters.parameters],
+    state = tree_map(full, {"optimizers": [optimizer.state_dict() for optimizer in run.optimizers], "masters": [p.detach() for p in run.masters.parameters],
                             "curriculum": vars(run.curriculum)})
     if RANK or folder.exists():
         return
@@ -707,11 +721,12 @@ def load_checkpoint(run, folder):
         fail(f"--resume: --data has {len(run.data)} prompts now, and had {len(state['curriculum']['due'])} in the run")
     vars(run.curriculum).update(state["curriculum"])
     if run.args.fsdp:                                           # moments are sharded as their parameters are
-        for i, moments in state["optimizer"]["state"].items():
+        for i, moments in state["optimizers"][0]["state"].items():
             p = run.masters.parameters[i]
-            state["optimizer"]["state"][i] = {name: distribute_tensor(x, p.device_mesh, p.placements) if x.ndim else x
-                                              for name, x in moments.items()}
-    run.optimizer.load_state_dict(state["optimizer"])
+            state["optimizers"][0]["state"][i] = {name: distribute_tensor(x, p.device_mesh, p.placements) if x.ndim else x
+                                                  for name, x in moments.items()}
+    for optimizer, saved in zip(run.optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
 
 
 def checkpoints(output_dir):

@@ -230,7 +230,7 @@ def test_each_line_of_a_trace_is_true_and_its_verdict_too(data):
 
 
 def test_the_teacher_has_the_form_that_the_prompt_and_the_graders_expect():
-    draws = iter([0, 0, .5, 0, 0, .6, .9, 0, .6, .9, 0, 0, 0, .5])  # first, second, operation; one for giving up, ...
+    draws = iter([0, 0, .5, 0, 0, .6, .9, 0, .6, .9, 0, 0, .5])  # first, second, operation; one for giving up, ...
     taught = countdown.teach([5, 3, 2], 13, lambda: next(draws), 5, 0.3, 0, 99)
     assert taught == {"trace": "5+3=8 8*2=16 no\n5*2=10 10+3=13 ok", "trace_answer": "5*2+3"}
 

@@ -274,8 +274,8 @@ def test_two_inner_epochs_end_alike_for_any_split_and_order(toy):
     for size, order in ((9, rollouts), (2, rollouts), (4, rollouts[::-1])):
         run = build(toy, "--inner_epochs", 2, "--micro_batch_size", size, "--beta", 0.02, "--clip_low", 0.01, "--clip_high", 0.01)
         before = weights(run.model)
-        run.optimizer = torch.optim.SGD(run.masters.parameters, lr=0.1)
-        grpo.update(run, order, 1.0, 0.1)
+        run.optimizers = [torch.optim.SGD(run.masters.parameters, lr=0.1)]
+        grpo.update(run, order, 1.0, run.args.lr)  # the peak: SGD keeps its own
         assert moved(run.model, before) > 1e-3
         ends.append(weights(run.model))
     assert_same(ends[1], ends[0])
