@@ -1,15 +1,13 @@
 """Supervised fine-tuning: the cold start that teaches a model the form of an answer, before GRPO improves the answers.
 
-1. Rows become a chat prompt and a completion, `<reasoning>...</reasoning>`, `<answer>...</answer>`, as token ids: the prompt
-   by the model's chat template, the completion encoded by itself and closed by the token that ends an assistant turn. A
-   sampler that starts from these prompt ids meets what was trained. Rows beyond --max_length are left out.
-2. The model is any causal LM of transformers, or `--model tiny`, a Llama of 0.5 M parameters made here. All of it is
-   trained, or LoRA (--lora_rank), or LoRA on a 4-bit base (--load_in_4bit); in fp32, while a pass may run in bf16.
+1. Rows become a chat prompt, by the model's chat template, and a completion, `<reasoning>...</reasoning><answer>...</answer>`
+   and the token that ends a turn, encoded apart: a sampler that starts from the prompt's ids meets what was trained.
+2. The model is any causal LM of transformers, or `--model tiny`, a Llama of 0.5 M parameters made here. All of it is trained,
+   or LoRA (--lora_rank), or LoRA on a 4-bit base (--load_in_4bit); in fp32, while a pass may run in bf16.
 3. A step takes the next --batch_size rows of an order given by --seed alone, sorted by length, in micro-batches.
 4. The loss is the cross-entropy of the completion tokens, end token included, over one token count for the whole batch:
    micro-batches and processes never change the gradient. The head runs in chunks: [B, T, V] logits never exist.
-5. The gradient is clipped, then AdamW (or 8-bit AdamW, or Muon) with linear warm-up and a cosine to 0. A gradient that is
-   not finite is skipped and counted.
+5. The gradient is clipped, then AdamW (8-bit AdamW, Muon) with linear warm-up and a cosine to 0. What is not finite is skipped.
 6. metrics.jsonl gets a line, held-out rows a loss, checkpoint-<step>/ all that the run is: killed at any moment, the same
    command with --resume ends with the same weights, on a CPU to the bit. The final model stands in --output_dir itself.
 
@@ -29,6 +27,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -53,6 +52,7 @@ FREE = {"resume", "overwrite", "output_dir", "save_every", "keep", "merge", "eva
         "micro_batch_size", "activation_checkpointing", "fsdp"}  # what a resumed run may change: not what it learns
 FULL = full_state.StateDictOptions(full_state_dict=True, cpu_offload=True)  # so that it loads on any number of processes
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+transformers.utils.logging.disable_progress_bar()
 
 
 def fail(message):
@@ -65,21 +65,16 @@ def note(message):
         tqdm.write(f"sft.py: {message}", file=sys.stderr)
 
 
-def catch_stop():
-    """-> a list that gets the first SIGINT or SIGTERM; a second one ends the process at once."""
-    got, signals = [], (signal.SIGINT, signal.SIGTERM)
-
-    def first(number, _):
-        got.append(number)
-        [signal.signal(s, signal.SIG_DFL) for s in signals]
-    [signal.signal(s, first) for s in signals]
-    return got
-
-
 # ---------------------------------------------------------------- options
 class FlagParser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line):  # of an @file: flags as in a shell, # comments
-        return shlex.split(line, comments=True)
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as err:
+            fail(f"{line}: {err}")
+
+    def error(self, message):
+        fail(message)
 
 
 def parse_args(argv):
@@ -128,6 +123,7 @@ def parse_args(argv):
              for k, low in least.items() if getattr(a, k) is not None}
     wrong |= {f"--{k} {getattr(a, k)}: must be above 0": not 0 < getattr(a, k) < math.inf
               for k in ("lr", "muon_lr", "epochs", "lora_alpha")}
+    model, out = Path(a.model).resolve(), Path(a.output_dir).resolve()
     wrong |= {f"--betas {a.betas}: must be at least 0 and below 1": not all(0 <= b < 1 for b in a.betas),
               f"--warmup {a.warmup}: must be below --steps, {a.steps}": a.steps and a.warmup >= a.steps,
               f"--batch_size {a.batch_size}: must be a multiple of the {WORLD} processes": a.batch_size % WORLD,
@@ -139,8 +135,9 @@ def parse_args(argv):
               "--fsdp: start with torchrun --nproc_per_node=N sft.py ...": a.fsdp and "RANK" not in os.environ,
               "--fsdp: shards whole models; LoRA runs without it under torchrun": a.fsdp and a.lora_rank,
               f"--fsdp: goes with --optim adamw, not {a.optim}": a.fsdp and a.optim != "adamw",
+              f"--output_dir {a.output_dir}: --model lies in it; take another folder": out in (model, *model.parents),
               "--resume goes on with a run, --overwrite deletes it: take one": a.resume and a.overwrite}
-    for message in (m for m, is_wrong in wrong.items() if is_wrong):
+    for message in [message for message, is_wrong in wrong.items() if is_wrong][:1]:
         fail(message)
     return a
 
@@ -157,7 +154,7 @@ def completion(task, row, style):
         worked, _, answer = row["answer"].rpartition("####")
         reasoning = re.sub("<<.*?>>", "", worked)
     elif task == "math" and "solution" in row:
-        reasoning, answer = row["solution"], rewards.last_box(str(row["solution"]))
+        reasoning, answer = row["solution"], rewards.TASKS["math"]["gold"](row)
     if not isinstance(reasoning, str) or not isinstance(answer, str):
         raise rewards.DataError(f"{task}: a row without a worked answer: countdown needs `trace` and `trace_answer`, or `solution` "
                                 "(countdown.py writes them), math a `solution` with a box; arc and code have none")
@@ -181,6 +178,11 @@ def encode(tok, rows, style, max_length, end):
     prompts, texts = (tok(t, add_special_tokens=False)["input_ids"] if t else [] for t in (prompts, texts))
     encoded = [{"ids": torch.tensor(p + t + [end]), "prompt": len(p)} for p, t in zip(prompts, texts)]
     return [row for row in encoded if len(row["ids"]) <= max_length]
+
+
+@lru_cache(maxsize=2)
+def permutation(n, seed, epoch):
+    return random.Random(f"{seed} {epoch}").sample(range(n), n)
 
 
 def collate(rows):
@@ -232,8 +234,11 @@ def load_tokenizer(name, chat_template, max_length):
     except Exception as err:  # of many kinds, for what is one thing to the user
         fail(f"--model {name}: no folder of a model, and no hub id within reach ({str(err).splitlines()[0]})")
     tok.chat_template = Path(chat_template).read_text() if chat_template else tok.chat_template
+    scaled = [k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, k, None) not in (None, 1)]
     if not tok.chat_template:
         fail(f"--model {name}: its tokenizer has no chat template; pass one with --chat_template FILE")
+    if scaled:
+        fail(f"--model {name}: has {scaled[0]}, which the chunked head leaves out; take another model")
     if max_length > getattr(config, "max_position_embeddings", max_length):
         fail(f"--max_length {max_length}: the context of {name} is {config.max_position_embeddings} tokens")
     return tok
@@ -247,7 +252,7 @@ def load_base(name, dtype, device, load_in_4bit=False):
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
     except Exception as err:
-        fail(f"--model {name}: {str(err).splitlines()[0]}")
+        fail(f"--model {name}: cannot be loaded ({str(err).splitlines()[0]})")
     for module in model.modules():  # on a CPU a pass would repack 4-bit weights, after which training and merging break
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -258,8 +263,7 @@ def add_adapter(model, rank, alpha, saved=None):
     """LoRA in fp32 on all linear layers but the head of a model that is frozen; a new one, or the one `saved` in a folder."""
     import peft
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = (peft.PeftModel.from_pretrained(model, saved, is_trainable=True) if saved else
-             peft.get_peft_model(model, config))
+    model = peft.PeftModel.from_pretrained(model, saved, is_trainable=True) if saved else peft.get_peft_model(model, config)
     for p in model.parameters():
         p.data = p.data.float() if p.requires_grad else p.data
     return model
@@ -284,12 +288,7 @@ def shard(model, dtype):
     return model.token_sums
 
 
-# ---------------------------------------------------------------- 3.-5. a step
-@lru_cache(maxsize=2)
-def permutation(n, seed, epoch):
-    return random.Random(f"{seed} {epoch}").sample(range(n), n)
-
-
+# ---------------------------------------------------------------- 4., 5. loss and update
 def token_sums(model, ids, trained):
     """ids [B, T], trained [B, T-1] -> [3], over the trained tokens: cross-entropy, how many are the argmax, how many."""
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -306,17 +305,28 @@ def token_sums(model, ids, trained):
     return sum(checkpoint(piece, h, t, use_reentrant=False) for h, t in zip(hidden.split(n), targets.split(n)))
 
 
-def total_sums(sums_of, rows, size, scale=None, stop=()):
-    """Sums [3] of the rows, in micro-batches; with `scale`, also the gradient of scale * cross-entropy. None if stopped."""
-    rows, total = sorted(rows, key=lambda row: -len(row["ids"])), 0  # little padding, and memory runs out at once or never
-    for i in range(0, len(rows), size):
-        sums = sums_of(rows[i:i + size])
-        if scale is not None:
-            (sums[0] * scale).backward()
-        total = total + sums.detach()
-        if stop:
-            return None
-    return total
+def total_sums(model, sums_of, rows, size, scale=None, stop=()):
+    """-> sums [3] of the rows, in micro-batches, and the size of these that fits into memory; (None, size) when stopped. With
+    `scale`, the weights also get the gradient of scale * cross-entropy."""
+    rows = sorted(rows, key=lambda row: -len(row["ids"]))  # little padding, and memory runs out at once or never
+    while True:
+        try:
+            total = 0
+            for i in range(0, len(rows), size):
+                sums = sums_of(rows[i:i + size])
+                if scale is not None:
+                    (sums[0] * scale).backward()
+                total = total + sums.detach()
+                if stop:
+                    return None, size
+            return total, size
+        except torch.OutOfMemoryError:
+            if size == 1 or hasattr(model, "unshard"):  # under FSDP the processes go in step
+                raise
+        model.zero_grad()  # out here, as the exception holds on to memory
+        torch.cuda.empty_cache()
+        size //= 2
+        note(f"out of memory: once more with --micro_batch_size {size}")
 
 
 def make_optimizers(model, args):
@@ -327,8 +337,8 @@ def make_optimizers(model, args):
     if args.optim == "adamw8bit":
         import bitsandbytes
         return [(bitsandbytes.optim.AdamW8bit(weights.values(), args.lr, **adam), args.lr)]
-    made = [(torch.optim.AdamW(weights.values(), args.lr, fused=True, **adam), args.lr)]
-    return made + ([(torch.optim.Muon(matrices, args.muon_lr, args.weight_decay), args.muon_lr)] if matrices else [])
+    muon = [(torch.optim.Muon(matrices, args.muon_lr, args.weight_decay), args.muon_lr)] if matrices else []
+    return [(torch.optim.AdamW(weights.values(), args.lr, fused=True, **adam), args.lr), *muon]
 
 
 def lr_factor(step, steps, warmup):
@@ -337,7 +347,7 @@ def lr_factor(step, steps, warmup):
     return (step + 1) / (warmup + 1) if done < 0 else 0.5 * (1 + math.cos(math.pi * done))
 
 
-# ---------------------------------------------------------------- 6. checkpoints and files
+# ---------------------------------------------------------------- 6. files
 def seal(path):
     """Size and SHA-256 of a file, which is on the disk when this returns."""
     with open(path, "rb") as f:
@@ -345,13 +355,14 @@ def seal(path):
         return [os.fstat(f.fileno()).st_size, hashlib.file_digest(f, "sha256").hexdigest()]
 
 
-def save_checkpoint(folder, write):
-    """`write(tmp)` fills another folder, which takes this name when it is whole and on the disk."""
+@contextmanager
+def new_checkpoint(folder):
+    """Gives a temporary folder to fill, which takes the name `folder` when it is whole and on the disk."""
     tmp = folder.with_name(f"tmp-{folder.name}")
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         tmp.mkdir(parents=True)
-        write(tmp)
+        yield tmp
         (tmp / "manifest.json").write_text(json.dumps({p.name: seal(p) for p in tmp.iterdir()}, indent=1))
         seal(tmp / "manifest.json")
     except Exception as err:  # a full disk, in the words of each library
@@ -377,7 +388,7 @@ def checkpoints(out):
 def find_checkpoint(args, out):
     """The checkpoint to go on from; None for a new run, which needs a folder without one. Flags must be as they were."""
     if not args.resume:
-        if not args.overwrite and ((out / "args.json").exists() or checkpoints(out)):
+        if not args.overwrite and (checkpoints(out) or any((out / f"{f}.json").exists() for f in ("args", "config"))):
             fail(f"--output_dir {out}: holds a run; --resume goes on with it, --overwrite deletes it")
         return None
     for step, folder in reversed(checkpoints(out)):
@@ -394,13 +405,13 @@ def find_checkpoint(args, out):
 
 
 def open_log(out, args, step):
-    """Writes args.json and opens metrics.jsonl, less what a killed run logged after `step`. A new run clears the folder."""
-    for pattern in () if step else ("checkpoint-*", "tmp-*", "merged", "*.safetensors*", "*.json", "*.jsonl"):
+    """Writes args.json and opens metrics.jsonl, less what a killed run logged after `step`. --overwrite clears the folder."""
+    for pattern in ("checkpoint-*", "tmp-*", "merged", "*model*.safetensors*", "adapter_config.json") if args.overwrite else ():
         for path in out.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     out.mkdir(parents=True, exist_ok=True)
     log = out / "metrics.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
+    lines = log.read_text().splitlines() if log.exists() and step else []
     kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     for path, text in (log, "".join(kept)), (out / "args.json", json.dumps(vars(args), indent=1)):
         path.with_name(f"tmp-{path.name}").write_text(text)
@@ -426,6 +437,17 @@ def export(folder, args, out, dtype, tok, end):
     shutil.rmtree(tmp)
 
 
+def catch_stop():
+    """-> a list that gets the first SIGINT or SIGTERM; a second one ends the process at once."""
+    got, signals = [], (signal.SIGINT, signal.SIGTERM)
+
+    def first(number, _):
+        got.append(number)
+        [signal.signal(s, signal.SIG_DFL) for s in signals]
+    [signal.signal(s, first) for s in signals]
+    return got
+
+
 # ---------------------------------------------------------------- the run
 def train(args, argv):
     cuda, out = torch.cuda.is_available(), Path(args.output_dir)
@@ -442,10 +464,11 @@ def train(args, argv):
 
     # 1. rows
     try:
-        rows = [row for source in args.data for row in rewards.load_rows(source, "train")]
-        held_out = [row for source in args.eval_data for row in rewards.load_rows(source, args.eval_split)]
-        tok = tiny_tokenizer() if args.model == "tiny" else load_tokenizer(args.model, args.chat_template, args.max_length)
-        end, read = end_token(tok), len(rows) + len(held_out)
+        sources = [(source, "train") for source in args.data], [(source, args.eval_split) for source in args.eval_data]
+        rows, held_out = ([row for source in part for row in rewards.load_rows(*source)] for part in sources)
+        read, tok = len(rows) + len(held_out), tiny_tokenizer() if args.model == "tiny" else load_tokenizer(
+            args.model, args.chat_template, args.max_length)
+        end = end_token(tok)
         if end is None:
             fail(f"--model {args.model}: neither its chat template nor its tokenizer has a token that ends a turn")
         rows, held_out = (encode(tok, r, args.style, args.max_length, end) for r in (rows, held_out))
@@ -471,9 +494,10 @@ def train(args, argv):
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)({"use_reentrant": False})
     forward = shard(model, dtype) if args.fsdp else partial(token_sums, model)
     optimizers, trained = make_optimizers(model, args), [p for p in model.parameters() if p.requires_grad]
-    state = torch.load(saved / "trainer.pt", weights_only=True, map_location="cpu") if saved else {"step": 0, "bad_steps": 0}
+    state = {"step": 0, "bad_steps": 0}
     if saved:
-        full_state.set_optimizer_state_dict(model, [o for o, _ in optimizers], state.pop("optimizers"), options=FULL)
+        state = torch.load(saved / "trainer.pt", weights_only=True, map_location="cpu")
+        full_state.set_optimizer_state_dict(model, [o for o, _ in optimizers], state["optimizers"], options=FULL)
     first = step = last_saved = state["step"]
     bad_steps, size = state["bad_steps"], args.micro_batch_size
 
@@ -483,16 +507,14 @@ def train(args, argv):
             return forward(ids.to(device), mask.to(device))
 
     def save():
-        kwargs = {"state_dict": full_state.get_model_state_dict(model, options=FULL)} if args.fsdp else {}
+        weights = {"state_dict": full_state.get_model_state_dict(model, options=FULL)} if args.fsdp else {}
         optim = full_state.get_optimizer_state_dict(model, [o for o, _ in optimizers], options=FULL)
-
-        def write(folder):
-            model.save_pretrained(folder, **kwargs)
-            model.generation_config.save_pretrained(folder)
-            tok.save_pretrained(folder)
-            torch.save({"step": step, "bad_steps": bad_steps, "optimizers": optim}, folder / "trainer.pt")
         if RANK == 0:
-            save_checkpoint(out / f"checkpoint-{step}", write)
+            with new_checkpoint(out / f"checkpoint-{step}") as folder:
+                model.save_pretrained(folder, **weights)
+                model.generation_config.save_pretrained(folder)
+                tok.save_pretrained(folder)
+                torch.save({"step": step, "bad_steps": bad_steps, "optimizers": optim}, folder / "trainer.pt")
             for _, old in [c for c in checkpoints(out) if c[0] <= step][:-args.keep]:
                 shutil.rmtree(old)
         if WORLD > 1:
@@ -503,32 +525,20 @@ def train(args, argv):
     log = open_log(out, args, step) if RANK == 0 else open(os.devnull, "w")
     bar = tqdm(total=steps, initial=step, disable=None if RANK == 0 else True)  # None: no bar where there is no terminal
     while step < steps:
-        # 3. the rows of this step
+        # 3. the rows of this step, so that each process gets as many tokens
         started, places = time.perf_counter(), range(step * args.batch_size, (step + 1) * args.batch_size)
         batch = [rows[permutation(len(rows), args.seed, i // len(rows))[i % len(rows)]] for i in places]
-        batch.sort(key=lambda row: -len(row["ids"]))  # so that each process gets as many tokens
+        mine = sorted(batch, key=lambda row: -len(row["ids"]))[RANK::WORLD]
         n_tokens = sum(len(row["ids"]) - row["prompt"] for row in batch)
         torch.manual_seed(args.seed * 1_000_003 + step)  # for a model with dropout
         # 4. their gradient; FSDP takes the mean over the processes
-        try:
-            sums = total_sums(sums_of, batch[RANK::WORLD], size, (WORLD if args.fsdp else 1) / n_tokens, stop if WORLD == 1 else ())
-        except torch.OutOfMemoryError:
-            if size == 1 or args.fsdp:
-                raise
-            sums = "repeat"
-        if sums == "repeat":  # outside of the except, which holds on to the memory
-            model.zero_grad()
-            torch.cuda.empty_cache()
-            size //= 2
-            note(f"out of memory at step {step + 1}: once more with --micro_batch_size {size}")
-            continue
+        sums, size = total_sums(model, sums_of, mine, size, (WORLD if args.fsdp else 1) / n_tokens, stop if WORLD == 1 else ())
         if sums is None:
             break
-        for p in trained if WORLD > 1 and not args.fsdp else ():
-            dist.all_reduce(p.grad)
         if WORLD > 1:
-            sums = torch.cat([sums, sums.new_tensor([len(stop)])])
-            dist.all_reduce(sums)
+            for p in trained if not args.fsdp else ():
+                dist.all_reduce(p.grad)
+            dist.all_reduce(sums := torch.cat([sums, sums.new_tensor([len(stop)])]))
         loss, right, _, *stopped = sums.tolist()
         # 5. the update
         norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or math.inf)
@@ -541,29 +551,29 @@ def train(args, argv):
         model.zero_grad()
         step, bad_steps = step + 1, 0 if is_finite else bad_steps + 1
         # 6. what is kept of it
-        seconds, tokens = time.perf_counter() - started, sum(len(row["ids"]) for row in batch)
-        entry = {"step": step, "loss": loss / n_tokens, "token_accuracy": right / n_tokens, "lr": args.lr * factor, "grad_norm": norm}
-        entry |= {"skipped": int(not is_finite), "tokens": tokens, "tokens_per_s": tokens / seconds, "step_seconds": seconds,
-                  "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None}
+        now, tokens = time.perf_counter(), sum(len(row["ids"]) for row in batch)
+        entry = {"step": step, "loss": loss / n_tokens, "token_accuracy": right / n_tokens, "lr": args.lr * factor, "grad_norm": norm,
+                 "skipped": int(not is_finite), "tokens": tokens, "tokens_per_s": tokens / (now - started),
+                 "step_seconds": now - started, "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None}
         log.write(json.dumps({k: v if v is None or math.isfinite(v) else None for k, v in entry.items()}) + "\n")
         line = "loss {loss:.4f}  token accuracy {token_accuracy:.3f}  grad norm {grad_norm:.2f}  {tokens_per_s:.0f} tokens/s".format(**entry)
         bar.update()
         bar.set_postfix_str(line)
-        now = time.perf_counter()
         if bar.disable and (now - shown > 10 or step == steps):
             shown = now
             note(f"step {step}/{steps}  {line}  {(now - begun) / (step - first) * (steps - step) / 60:.1f} min left")
         if bad_steps == BAD_STEPS:
             (out / "bad_rows.txt").write_text("\n\n".join(tok.decode(row["ids"]) for row in batch))
-            fail(f"{bad_steps} updates in a row were not finite; the last one's rows are in {out / 'bad_rows.txt'}; --resume goes on "
-                 "before them; if it happens again, start anew with a lower --lr or --dtype float32")
+            fail(f"{bad_steps} updates in a row were not finite; the last one's rows are in {out / 'bad_rows.txt'}. --resume goes on "
+                 "before them; where it happens again, start anew with a lower --lr or --dtype float32")
         if held_out and (step == steps or args.eval_every and step % args.eval_every == 0):
             model.eval()
             with torch.no_grad():
-                loss, right, n = total_sums(sums_of, held_out, size).tolist()
+                (loss, right, n), size = total_sums(model, sums_of, held_out, size)
             model.train()
-            log.write(json.dumps({"step": step, "eval_loss": loss / n, "eval_token_accuracy": right / n, "eval_tokens": n}) + "\n")
-            note(f"step {step}  held-out loss {loss / n:.4f}  token accuracy {right / n:.3f}")
+            scores = {"eval_loss": float(loss / n), "eval_token_accuracy": float(right / n), "eval_tokens": int(n)}
+            log.write(json.dumps({"step": step, **scores}) + "\n")
+            note(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
         if step == steps or args.save_every and step % args.save_every == 0:
             last_saved = save()
         if any(stopped):
@@ -593,5 +603,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    transformers.utils.logging.disable_progress_bar()
     main()

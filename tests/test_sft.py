@@ -174,7 +174,7 @@ def batch(n=7):
 
 def gradients(model, rows, size, scale=0.01):
     model.zero_grad()
-    sums = sft.total_sums(lambda b: sft.token_sums(model, *sft.collate(b)), rows, size, scale)
+    sums, _ = sft.total_sums(model, lambda b: sft.token_sums(model, *sft.collate(b)), rows, size, scale)
     return sums, [p.grad.clone() for p in model.parameters()]
 
 
@@ -474,6 +474,7 @@ def test_the_command_line_with_a_flag_file_goes_from_nothing_to_a_tiny_model(toy
     (["--max_grad_norm", "inf"], "at least 0"), (["--betas", 0.9, 1.0], "below 1"), (["--lora_rank", -1], "at least 0"),
     (["--lora_alpha", 0], "above 0"), (["--load_in_4bit"], "--lora_rank"), (["--merge"], "--lora_rank"), (["--fsdp"], "torchrun"),
     (["--lora_rank", 2, "--model", "tiny"], "tiny"), (["--lora_rank", 2, "--optim", "muon"], "adamw"), (["--resume", "--overwrite"], "take one"),
+    (["--model", "EMPTY", "--output_dir", "."], "--model lies in it"), (["@QUOTE"], "No closing quotation"),
     (["--optim", "sgd"], "invalid choice"), (["--style", "x"], "invalid choice"), (["--nonsense"], "unrecognized"), (["@nowhere.txt"], "nowhere.txt"),
     (["--chat_template", "nowhere"], "--chat_template nowhere: no such file"), (["--model", "nowhere/at/all"], "--model nowhere/at/all"),
     (["--data", "poetry"], "poetry"), (["--data", "countdown=nowhere.jsonl"], "nowhere.jsonl"), (["--data", "countdown=", ], "countdown="),
@@ -490,6 +491,7 @@ def test_a_wrong_command_line_gets_one_line(toy, tmp_path, monkeypatch, capfd, m
         toys.write(tmp_path / f"{name}.jsonl", rows)
     (tmp_path / "BROKEN.jsonl").write_text(json.dumps(ROWS[0]) + "\n{\n")
     (tmp_path / "FILE").write_text("a file")
+    (tmp_path / "QUOTE").write_text("--model 'tiny")
     (tmp_path / "EMPTY").mkdir()
     toys.model().save_pretrained("DAMAGED"), toys.tokenizer().save_pretrained("DAMAGED")
     os.truncate("DAMAGED/model.safetensors", 3000)
