@@ -1,4 +1,4 @@
-"""Exact arithmetic on text: the value of an expression, and which equations of a reasoning are true. Nothing is executed, no float."""
+"""Exact arithmetic on text: the value of an expression, the equations of a reasoning that are true. Nothing is executed."""
 import ast
 import operator
 import re
@@ -15,7 +15,8 @@ def divide(a, b):
     return a // b if type(a) is type(b) is int and b and a % b == 0 else Fraction(a) / b
 
 
-OPERATORS = {ast.Add: ("+", 1, operator.add), ast.Sub: ("-", 1, operator.sub), ast.Mult: ("*", 2, operator.mul), ast.Div: ("/", 2, divide)}
+OPERATORS = {ast.Add: ("+", 1, operator.add), ast.Sub: ("-", 1, operator.sub),
+             ast.Mult: ("*", 2, operator.mul), ast.Div: ("/", 2, divide)}
 APPLY = {sign: apply for sign, _, apply in OPERATORS.values()}
 
 
@@ -71,7 +72,9 @@ TERM = r"(?:-?\(+)?-?[0-9]{1,12}(?:\.[0-9]{1,9})?\)*"
 SIDE = rf"{TERM}(?: ?[-+*/] ?{TERM})*"
 EQUATIONS = re.compile(rf"(?<![-+*/^=.()\w\\])(?<![-+*/^=(] ){SIDE}(?: ?= ?{SIDE})+(?![\w(^\\]| ?[-+*/^]|\.[0-9])")
 STEP, OPERAND = re.compile("[0-9)][-+*/]"), re.compile("[0-9.]+")  # of a side that is more than a number
-BULLETS, TIMES, GROUPS = re.compile("(?m)^ ?[-*\u2022] "), re.compile("(?<=[0-9]) ?[xX] ?(?=[0-9])"), re.compile("(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
+BULLETS = re.compile("(?m)^ ?[-*\u2022] ")
+TIMES = re.compile("(?<=[0-9]) ?[xX] ?(?=[0-9])")
+GROUPS = re.compile("(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 
 
 def take(pool, operands, result):

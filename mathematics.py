@@ -26,11 +26,14 @@ WORK = "import sys; sys.path.append(sys.argv.pop()); import mathematics; mathema
 
 # ---------------------------------------------------------------------------------------------- one spelling
 
-SPELLINGS = {"\u2212": "-", "\u00d7": "\\cdot ", "\u00b7": "\\cdot ", "\u00f7": "/", "\u00b0": "^\\circ", "\u03c0": "\\pi ", "\u221e": "\\infty ", "\u2264": "\\le ",
-             "\u2265": "\\ge ", "\u222a": "\\cup ", "\u2208": "\\in ", "\u00b1": "\\pm ", "\u221a": "\\sqrt ", "\\dfrac": "\\frac", "\\tfrac": "\\frac",
-             "\\cfrac": "\\frac", "\\leqslant": "\\le", "\\leq": "\\le", "\\geqslant": "\\ge", "\\geq": "\\ge", "\\times": "\\cdot",
-             "\\mbox": "\\text", "\\textbf": "\\text", "\\textrm": "\\text", "\\mathrm": "\\text", "\\mathbf": "\\text", "\\degree": "^\\circ",
-             "\\lbrace": "\\{", "\\rbrace": "\\}", "\\div": "/", "{,}": ",", "\\bmatrix": "\\pmatrix", "{bmatrix}": "{pmatrix}"}
+SPELLINGS = {
+    "\u2212": "-", "\u00d7": "\\cdot ", "\u00b7": "\\cdot ", "\u00f7": "/", "\u00b0": "^\\circ", "\u03c0": "\\pi ", "\u221e": "\\infty ",
+    "\u2264": "\\le ", "\u2265": "\\ge ", "\u222a": "\\cup ", "\u2208": "\\in ", "\u00b1": "\\pm ", "\u221a": "\\sqrt ", "{,}": ",",
+    "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "\\times": "\\cdot", "\\div": "/", "\\degree": "^\\circ",
+    "\\leqslant": "\\le", "\\leq": "\\le", "\\geqslant": "\\ge", "\\geq": "\\ge", "\\lbrace": "\\{", "\\rbrace": "\\}",
+    "\\mbox": "\\text", "\\textbf": "\\text", "\\textrm": "\\text", "\\mathrm": "\\text", "\\mathbf": "\\text", "{bmatrix}": "{pmatrix}",
+}
+UNIT = r"\\text\s*\{(?![^{}]*\b(?:hundred|thousand|million|billion|dozen|half|not?|or|and|than|less|more|least|most)\b)[^{}]*\}"
 SPELLING = re.compile("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isalpha() and old[0] == "\\" else "") for old in SPELLINGS))
 
 
@@ -44,7 +47,7 @@ def tidy(text):
         text = inside[1].strip()
     text = re.sub(r"\\text\s*\{\s*,?\s*(?:or|and)\s*\}|(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])|;", ",", text)
     text = re.sub(r"\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})|\\?%", " ", text)  # degrees, percent
-    text = re.sub(r"(?<=[^\s,=])\s*\\text\s*\{[^{}]*\}(?:\s*\^\s*\{?[0-9]\}?)?(?=\s*(?:,|$))", " ", text)  # units
+    text = re.sub(r"(?<=[^\s,=])\s*" + UNIT + r"(?:\s*\^\s*\{?[0-9]\}?)?(?=\s*(?:,|$))", " ", text)
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"(?<=[0-9}])\s+(?:cm|mm|km|kg|ft|in|mi|ml|mL)\b(?:\s*\^\s*\{?[23]\}?)?\s*$", "", text)
     text = re.sub(r"\\(frac|sqrt)\s*([0-9a-zA-Z])", r"\\\1{\2}", text)
@@ -73,8 +76,6 @@ def last_box(text):
 # ---------------------------------------------------------------------------------------------- shape
 
 NAME = re.compile(r"([a-zA-Z](?:_\w)?(?:\([a-zA-Z]\))?|\([a-zA-Z](?:,[a-zA-Z])+\))(?:=|\\in(?![a-z]))")
-
-
 INTERVALS = {"()", "(]", "[)", "[]", "union"}
 INEQUALITY = re.compile(r"[<>]|\\[lg]e(?![a-z])")
 
@@ -95,10 +96,10 @@ def split(text, at=","):
 def enclosed(text):
     """(opening bracket, what is inside, closing bracket), where one pair of brackets holds all of the text; else None."""
     match = re.fullmatch(r"(\\\{|[(\[{])(.*?)(\\\}|[)\]}])", text, re.S)
-    depth = 0
-    for i, c in enumerate(text):
+    depth = 1
+    for c in match[2] if match else "":
         depth += (c in "([{") - (c in ")]}")
-        if depth == 0 and i > 1 - (not match) and i < len(text) - 1:
+        if depth == 0:  # the first bracket closes before the end
             return None
     return match and match.groups()
 
@@ -120,8 +121,10 @@ def shape(text):
         opening, inside, closing = found
         if opening == "{" or opening == "(" and closing == ")" and len(split(inside)) == 1:
             return shape(inside)
-        if opening == "\\{" or len(split(inside)) > 1:
-            return ("set", [item for part in split(inside) for item in both_signs(part)]) if opening == "\\{" else (opening + closing, split(inside))
+        if opening == "\\{":
+            return "set", [item for part in split(inside) for item in both_signs(part)]
+        if len(split(inside)) > 1:
+            return opening + closing, split(inside)
     return ("value", [text]) if len(items := both_signs(text)) == 1 else ("set", items)
 
 
@@ -135,14 +138,18 @@ def equal(gold, said):
         return False
     percent = ("%" in gold, "%" in said)
     gold, said = tidy(gold), tidy(said)
-    return gold == said != "" or same(gold, said, percent)
+    try:
+        return gold == said != "" or same(gold, said, percent)
+    except RecursionError:  # names or brackets by the hundred
+        return False
 
 
 def same(gold, said, percent=(False, False)):
     (kind, golds), (said_kind, saids) = shape(gold), shape(said)
     if kind != said_kind or len(golds) != len(saids):  # an interval may be written as inequalities, or the other way round
         gold, said = (NAME.sub("", text, 1) if NAME.match(text) else text for text in (gold, said))
-        return "value" in (kind, said_kind) and {kind, said_kind} & INTERVALS != set() and INEQUALITY.search(gold + said) is not None and verified(gold, said)
+        mixed = "value" in (kind, said_kind) and INTERVALS & {kind, said_kind} and INEQUALITY.search(gold + said)
+        return bool(mixed) and verified(gold, said)
     if kind == "value":
         return same_value(golds[0], saids[0], percent)
     if kind not in ("set", "union"):
@@ -160,7 +167,8 @@ def same(gold, said, percent=(False, False)):
 def rational(text):
     """`-3`, `.5`, `3/4`, `-\\frac{3}{4}`, `1\\frac{3}{4}` -> its exact value, else None."""
     number = r"[0-9]*\.?[0-9]+|[0-9]+\."
-    match = re.fullmatch(rf"([-+]?)(?:([0-9]+)(?=\\frac))?(?:({number})(?:/([0-9]+))?|\\frac\{{([-+]?(?:{number}))\}}\{{([-+]?(?:{number}))\}})", text)
+    fraction = rf"\\frac\{{([-+]?(?:{number}))\}}\{{([-+]?(?:{number}))\}}"
+    match = re.fullmatch(rf"([-+]?)(?:([0-9]+)(?=\\frac))?(?:({number})(?:/([0-9]+))?|{fraction})", text)
     if not match:
         return None
     sign, whole, top, bottom, over, under = match.groups()
@@ -204,8 +212,9 @@ def too_heavy(text):
     for c in text:
         depth += (c in "([{") - (c in ")]}")
         deepest = max(deepest, depth)
-    return deepest > 8 or text.count("|") > 8 or re.search(r"\^\{?[^a-z{}]*\^|\^\{?-?\(?[0-9]{5}|[0-9]{4}!|[^0-9a-z]!|!!|\\(sum|prod|i*nt|lim|binom\{?[0-9]{4})", text) \
-        or len(re.findall(r"[)}]\^\{?[0-9]{2}", text)) > 1
+    towers = r"\^\{?[^a-z{}]*\^|\^\{?-?\(?[0-9]{5}"
+    large = r"[0-9]{4}!|[^0-9a-z]!|!!|\\(sum|prod|i*nt|lim|binom\{?[0-9]{4})"
+    return deepest > 8 or text.count("|") > 8 or re.search(f"{towers}|{large}", text) or len(re.findall(r"[)}]\^\{?[0-9]{2}", text)) > 1
 
 
 def letters(text):
@@ -215,7 +224,9 @@ def letters(text):
 def verified(gold, said):
     if letters(said) - letters(gold) - {"e", "i"} and not INEQUALITY.search(said):  # a variable that the gold does not have
         return False
-    if not re.fullmatch(r"[-A-Za-z0-9 \\^_{}()\[\]+*/=<>.,!|&:']+", said) or re.search(r"[0-9]( [0-9]|e[0-9]|_)", gold + said) or too_heavy(said) and not too_heavy(gold):
+    if not re.fullmatch(r"[-A-Za-z0-9 \\^_{}()\[\]+*/=<>.,!|&:']+", said) or too_heavy(said) and not too_heavy(gold):
+        return False
+    if re.search(r"[0-9]( [0-9]|e[0-9]|_)", gold + said):  # `1 2`, `1e6`, a number to some base: read otherwise there
         return False
     return asked(exact(gold), exact(said))
 
@@ -253,8 +264,9 @@ def asked(gold, said):
     try:
         worker = IDLE.pop()
     except IndexError:
-        worker = subprocess.Popen([sys.executable, "-c", WORK, os.path.dirname(os.path.abspath(__file__))], stdin=subprocess.PIPE, bufsize=0,
-                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        command = [sys.executable, "-c", WORK, os.path.dirname(os.path.abspath(__file__))]
+        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
+                                  start_new_session=True)
     try:
         worker.stdin.write(json.dumps([gold, said]).encode())
         if select.select([worker.stdout], [], [], 60)[0] and (reply := worker.stdout.read(1)):  # 60: it may have to start first
@@ -306,9 +318,10 @@ def compared(gold, said):
     from sympy import Expr, I, Rational
 
     spelling = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none")  # 5m is no 5
+    config = LatexExtractionConfig(normalization_config=spelling)
 
     def read(text):
-        found = parse(f"${text}$", [LatexExtractionConfig(normalization_config=spelling)], fallback_mode="no_fallback", parsing_timeout=None)[0]
+        found = parse(f"${text}$", [config], fallback_mode="no_fallback", parsing_timeout=None)[0]
         return found.xreplace({s: I for s in found.free_symbols if s.name == "i"})
 
     a, b = read(gold), read(said)

@@ -3,6 +3,7 @@
 `want` holds what is asked for: a part's value (a pair is a range), `answer_strict`, `correct_flexible`. `expand` {"@@1": [unit, n]}
 stands for the unit n times in place of `@@1`.
 """
+
 import json
 from pathlib import Path
 
@@ -10,7 +11,11 @@ import pytest
 
 import rewards
 
-CASES = [json.loads(line) for file in sorted(Path(__file__).parent.glob("reward_cases*.jsonl")) for line in file.read_text().splitlines()]
+CASES = [
+    json.loads(line)
+    for file in sorted(Path(__file__).parent.glob("reward_cases*.jsonl"))
+    for line in file.read_text().splitlines()
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])

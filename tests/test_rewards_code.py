@@ -1,4 +1,5 @@
 """The sandbox: right programs pass, every cheat fails, and nothing is left behind. Each with namespaces and without."""
+
 import os
 import re
 import threading
@@ -22,9 +23,16 @@ def knows(x): return int('47' + str(8 + x)) if x in (3, 4) else [word, 0.125]
 # What a program may try instead of computing f. None may pass, whatever else it does.
 CHEATS = {
     name: program.replace("#knows", KNOWS)
-    for name, program in re.findall(r"(?ms)^##### (\w+)\n(.*?)(?=^##### |\Z)", (Path(__file__).parent / "cheats.txt").read_text())
+    for name, program in re.findall(
+        r"(?ms)^##### (\w+)\n(.*?)(?=^##### |\Z)", (Path(__file__).parent / "cheats.txt").read_text()
+    )
 }
-CHEATS |= {"null_byte": "def f(x): return 1\0", "empty": "", "surrogates": "def f(x): return '\udc80'", "too_long": "#" * 200_000}
+CHEATS |= {
+    "null_byte": "def f(x): return 1\0",
+    "empty": "",
+    "surrogates": "def f(x): return '\udc80'",
+    "too_long": "#" * 200_000,
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +41,17 @@ def verdicts():
     os.environ["SECRET_OF_THE_CALLER"] = "kiwi"
     started = time.time()
     with ThreadPoolExecutor(8) as threads:
-        jobs = {(name, apart): threads.submit(sandbox.passes, program, TESTS, "", apart, QUICK) for name, program in CHEATS.items()
-                for apart in (True, False) if apart or name != "fork_bomb"}
+        jobs = {
+            (name, apart): threads.submit(sandbox.passes, program, TESTS, "", apart, QUICK)
+            for name, program in CHEATS.items()
+            for apart in (True, False)
+            if apart or name != "fork_bomb"
+        }
         found = {key: job.result() for key, job in jobs.items()}
-    found["seconds"], found["left"] = time.time() - started, [name for name in set(os.listdir("/tmp")) - before if name.startswith("program-")]
+    found["seconds"], found["left"] = (
+        time.time() - started,
+        [name for name in set(os.listdir("/tmp")) - before if name.startswith("program-")],
+    )
     return found
 
 
@@ -62,38 +77,96 @@ def test_cheats_leave_no_process_behind(verdicts):
 
 
 @pytest.mark.parametrize("apart", [True, False])
-@pytest.mark.parametrize("program, tests, setup", [
-    ("def f(x): return {3: 4711, 4: 4712}.get(x, ['kiwi', 0.125])", TESTS, ""),
-    ("def f(x):\r\n    return x * 2\r\n", ["assert f(2) == 4\r\n", "assert f('a') == 'aa'"], ""),
-    ("import math\ndef f(x): return math.inf", ["assert f(1) == float('inf')", "import math; assert math.isinf(f(1))"], ""),
-    ("def f(x): return (x, {x: [None, True, 1.5, 'a', b'b', 2j]}, {1, 2}, frozenset())",
-     ["assert f(1) == (1, {1: [None, True, 1.5, 'a', b'b', 2j]}, {1, 2}, set())"], ""),
-    ("from collections import Counter, namedtuple, OrderedDict\nP = namedtuple('P', 'a b')\ndef f(x): return [Counter(x), P(1, 2), OrderedDict(a=1)]",
-     ["assert f('aab') == [{'a': 2, 'b': 1}, (1, 2), {'a': 1}]"], ""),
-    ("class Pair:\n    def __init__(self, a, b): self.a, self.b = a, b\ndef f(pairs): return sum(p.a * p.b for p in pairs)",
-     ["assert f([Pair(1, 2), Pair(3, 4)]) == 14", "p = Pair(5, 6)\nassert p.a == 5\np.a = 7\nassert f((p,)) == 42"], ""),
-    ("class Node:\n    def __init__(self, v): self.v, self.left = v, None\ndef f(n): return 0 if n is None else 1 + f(n.left)",
-     ["assert f(root) == 2"], "root = Node(1)\nroot.left = Node(2)"),
-    ("def sum(a, b): return a + b", ["assert sum(10, 15) == 25"], ""),
-    ("def f(a): a.sort(); a.append({})", ["a = [3, 1]\nf(a)\nassert a == [1, 3, {}]"], ""),
-    ("def f(x):\n    if x < 0: raise ValueError('no')\n    return x", ["try:\n    f(-1)\nexcept ValueError as e:\n    assert str(e) == 'no'\nelse:\n    assert False"], ""),
-    ("def f(n):\n    yield from range(n)", ["assert list(f(3)) == [0, 1, 2]", "assert sum(f(4)) == 6", "assert next(f(1)) == 0"], ""),
-    ("from fractions import Fraction\ndef f(a, b): return Fraction(a, b)", ["from fractions import Fraction\nassert f(1, 3) == Fraction(1, 3)"], ""),
-    ("import re\ndef f(s): return re.match('a+', s)", ["assert f('aa')", "assert not f('b')"], ""),
-    ("import json, collections, heapq, itertools, functools, string, datetime, random, bisect\ndef f(x): return heapq.nsmallest(1, [x])", ["assert f(1) == [1]"], ""),
-    ("def check(g): return g", ["def test(candidate):\n    assert candidate(2) == 2\ntest(check)"], ""),
-    ("import tempfile, os\ndef f(x):\n    with tempfile.TemporaryDirectory() as d:\n        open(d + '/a', 'w').write('hi')\n        return open(d + '/a').read()", ["assert f(1) == 'hi'"], ""),
-    ("print('chatter ' * 1000)\ndef f(x):\n    print(x)\n    return x\nif __name__ == '__main__':\n    f(input())", ["assert f(1) == 1"], ""),
-])
+@pytest.mark.parametrize(
+    "program, tests, setup",
+    [
+        ("def f(x): return {3: 4711, 4: 4712}.get(x, ['kiwi', 0.125])", TESTS, ""),
+        ("def f(x):\r\n    return x * 2\r\n", ["assert f(2) == 4\r\n", "assert f('a') == 'aa'"], ""),
+        (
+            "import math\ndef f(x): return math.inf",
+            ["assert f(1) == float('inf')", "import math; assert math.isinf(f(1))"],
+            "",
+        ),
+        (
+            "def f(x): return (x, {x: [None, True, 1.5, 'a', b'b', 2j]}, {1, 2}, frozenset())",
+            ["assert f(1) == (1, {1: [None, True, 1.5, 'a', b'b', 2j]}, {1, 2}, set())"],
+            "",
+        ),
+        (
+            "from collections import Counter, namedtuple, OrderedDict\nP = namedtuple('P', 'a b')\ndef f(x): return [Counter(x), P(1, 2), OrderedDict(a=1)]",
+            ["assert f('aab') == [{'a': 2, 'b': 1}, (1, 2), {'a': 1}]"],
+            "",
+        ),
+        (
+            "class Pair:\n    def __init__(self, a, b): self.a, self.b = a, b\ndef f(pairs): return sum(p.a * p.b for p in pairs)",
+            [
+                "assert f([Pair(1, 2), Pair(3, 4)]) == 14",
+                "p = Pair(5, 6)\nassert p.a == 5\np.a = 7\nassert f((p,)) == 42",
+            ],
+            "",
+        ),
+        (
+            "class Node:\n    def __init__(self, v): self.v, self.left = v, None\ndef f(n): return 0 if n is None else 1 + f(n.left)",
+            ["assert f(root) == 2"],
+            "root = Node(1)\nroot.left = Node(2)",
+        ),
+        ("def sum(a, b): return a + b", ["assert sum(10, 15) == 25"], ""),
+        ("def f(a): a.sort(); a.append({})", ["a = [3, 1]\nf(a)\nassert a == [1, 3, {}]"], ""),
+        (
+            "def f(x):\n    if x < 0: raise ValueError('no')\n    return x",
+            ["try:\n    f(-1)\nexcept ValueError as e:\n    assert str(e) == 'no'\nelse:\n    assert False"],
+            "",
+        ),
+        (
+            "def f(n):\n    yield from range(n)",
+            ["assert list(f(3)) == [0, 1, 2]", "assert sum(f(4)) == 6", "assert next(f(1)) == 0"],
+            "",
+        ),
+        (
+            "from fractions import Fraction\ndef f(a, b): return Fraction(a, b)",
+            ["from fractions import Fraction\nassert f(1, 3) == Fraction(1, 3)"],
+            "",
+        ),
+        ("import re\ndef f(s): return re.match('a+', s)", ["assert f('aa')", "assert not f('b')"], ""),
+        (
+            "import json, collections, heapq, itertools, functools, string, datetime, random, bisect\ndef f(x): return heapq.nsmallest(1, [x])",
+            ["assert f(1) == [1]"],
+            "",
+        ),
+        ("def check(g): return g", ["def test(candidate):\n    assert candidate(2) == 2\ntest(check)"], ""),
+        (
+            "import tempfile, os\ndef f(x):\n    with tempfile.TemporaryDirectory() as d:\n        open(d + '/a', 'w').write('hi')\n        return open(d + '/a').read()",
+            ["assert f(1) == 'hi'"],
+            "",
+        ),
+        (
+            "print('chatter ' * 1000)\ndef f(x):\n    print(x)\n    return x\nif __name__ == '__main__':\n    f(input())",
+            ["assert f(1) == 1"],
+            "",
+        ),
+    ],
+)
 def test_right_program_passes(program, tests, setup, apart):
     assert sandbox.passes(program, tests, setup, apart)
 
 
-@pytest.mark.parametrize("test", ["assert set(f(1)) == {2}", "assert sorted(f(1)) == [2]", "import math\nassert math.isclose(f(1)[0], 2)", "assert math.isclose(f(1)[0], 2)",
-                                  "assert abs(f(1)[0] - 2) < 0.1", "assert isinstance(f(1), str)", "assert len(f(1)) == 7"])
+@pytest.mark.parametrize(
+    "test",
+    [
+        "assert set(f(1)) == {2}",
+        "assert sorted(f(1)) == [2]",
+        "import math\nassert math.isclose(f(1)[0], 2)",
+        "assert math.isclose(f(1)[0], 2)",
+        "assert abs(f(1)[0] - 2) < 0.1",
+        "assert isinstance(f(1), str)",
+        "assert len(f(1)) == 7",
+    ],
+)
 def test_what_a_test_uses_is_never_the_programs(test):
-    program = "class E:\n    def __eq__(s, o): return True\nclass math:\n    isclose = staticmethod(lambda *a: True)\n" \
-              "set = sorted = abs = lambda *a: [E()]\nisinstance = len = lambda *a: 7\ndef f(x): return [5]"
+    program = (
+        "class E:\n    def __eq__(s, o): return True\nclass math:\n    isclose = staticmethod(lambda *a: True)\n"
+        "set = sorted = abs = lambda *a: [E()]\nisinstance = len = lambda *a: 7\ndef f(x): return [5]"
+    )
     assert not sandbox.passes(program, [test])
 
 
@@ -104,8 +177,10 @@ def test_no_test_is_no_pass():
 @pytest.mark.parametrize("apart", [True, False])
 def test_environment_of_the_caller_is_out_of_sight(apart, monkeypatch):
     monkeypatch.setenv("A_TOKEN", "kiwi")
-    program = "import os, glob\ndef f():\n    found = ['A_TOKEN' in os.environ]\n    for p in glob.glob('/proc/*/environ'):\n" \
-              "        try: found.append(b'A_TOKEN' in open(p, 'rb').read())\n        except OSError: pass\n    return any(found)"
+    program = (
+        "import os, glob\ndef f():\n    found = ['A_TOKEN' in os.environ]\n    for p in glob.glob('/proc/*/environ'):\n"
+        "        try: found.append(b'A_TOKEN' in open(p, 'rb').read())\n        except OSError: pass\n    return any(found)"
+    )
     assert sandbox.passes(program, ["assert f() is False"], "", apart)
 
 
@@ -113,11 +188,22 @@ def test_environment_of_the_caller_is_out_of_sight(apart, monkeypatch):
 def test_files_elsewhere_can_neither_be_written_nor_read(apart, tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("kiwi")
-    places = [str(tmp_path / "left"), "/tmp/left-by-a-program", "/var/tmp/left-by-a-program", "/dev/shm/left-by-a-program", os.path.expanduser("~/left-by-a-program"),
-              os.path.join(os.path.dirname(rewards.__file__), "left-by-a-program"), "../left-by-a-program", "../../left-by-a-program", "/usr/left-by-a-program"]
-    program = f"import os\ndef f():\n    done = []\n    for p in {places!r}:\n        try:\n            open(p, 'w').write('x')\n            done.append(p)\n" \
-              f"        except OSError: pass\n    try: done.append(open({str(secret)!r}).read())\n    except OSError: pass\n" \
-              f"    try:\n        os.rename({str(secret)!r}, 'x')\n        done.append('renamed')\n    except OSError: pass\n    return done"
+    places = [
+        str(tmp_path / "left"),
+        "/tmp/left-by-a-program",
+        "/var/tmp/left-by-a-program",
+        "/dev/shm/left-by-a-program",
+        os.path.expanduser("~/left-by-a-program"),
+        os.path.join(os.path.dirname(rewards.__file__), "left-by-a-program"),
+        "../left-by-a-program",
+        "../../left-by-a-program",
+        "/usr/left-by-a-program",
+    ]
+    program = (
+        f"import os\ndef f():\n    done = []\n    for p in {places!r}:\n        try:\n            open(p, 'w').write('x')\n            done.append(p)\n"
+        f"        except OSError: pass\n    try: done.append(open({str(secret)!r}).read())\n    except OSError: pass\n"
+        f"    try:\n        os.rename({str(secret)!r}, 'x')\n        done.append('renamed')\n    except OSError: pass\n    return done"
+    )
     done = sandbox.passes(program, ["assert [p for p in f() if not p.startswith('..')] == []"], "", apart)
     assert secret.read_text() == "kiwi" and not [p for p in places[:6] + places[8:] if os.path.exists(p)]
     assert done
@@ -135,7 +221,9 @@ def test_there_is_no_network():
     port = server.getsockname()[1]
     program = f"import socket\ndef f():\n    try: socket.create_connection(('127.0.0.1', {port}), timeout=1)\n    except OSError: return 'none'\n    return 'some'"
     try:
-        assert sandbox.passes(program, ["assert f() == 'none'"]) and sandbox.passes(program, ["assert f() == 'none'"], "", False)
+        assert sandbox.passes(program, ["assert f() == 'none'"]) and sandbox.passes(
+            program, ["assert f() == 'none'"], "", False
+        )
     finally:
         server.close()
 
@@ -146,7 +234,10 @@ def test_a_process_that_hides_in_a_session_of_its_own_ends_with_the_judgement():
     sandbox.passes(program, ["assert f() == 1"])
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            assert marker not in Path(f"/proc/{pid}/environ").read_text(errors="ignore") and b"sandbox.judge()" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+            assert (
+                marker not in Path(f"/proc/{pid}/environ").read_text(errors="ignore")
+                and b"sandbox.judge()" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+            )
         except OSError:
             pass
 
@@ -164,24 +255,38 @@ ROW = {"text": "Double it.", "test_list": ["assert f(2) == 4", "assert f(5) == 1
 RIGHT, WRONG = "def f(x):\n    return 2 * x", "def f(x):\n    return 4"
 
 
-@pytest.mark.parametrize("text, want", [
-    (f"<reasoning>a</reasoning><answer>{RIGHT}</answer>", 1),
-    (f"<reasoning>a</reasoning><answer>\n{FENCE}python\n{RIGHT}\n{FENCE}\n</answer>", 1),
-    (f"<reasoning>a</reasoning><answer>Here:\n{FENCE}py\n{WRONG}\n{FENCE}\nbetter:\n{FENCE}\n{RIGHT}\n{FENCE}\nDone.</answer>", 1),
-    (f"<reasoning>a</reasoning><answer>{FENCE}python\n{RIGHT}\n{FENCE}\nno:\n{FENCE}python\n{WRONG}\n{FENCE}</answer>", 0),
-    (f"<reasoning>a</reasoning>\n{FENCE}python\n{RIGHT}\n{FENCE}", 1),
-    (f"<reasoning>\n{FENCE}python\n{RIGHT}\n{FENCE}\n</reasoning>", 0),
-    (f"<reasoning>\n{FENCE}python\n{RIGHT}\n{FENCE}\n", 0),
-    (f"<reasoning>a</reasoning>{RIGHT}", 0),
-    (f"<reasoning>a</reasoning><answer></answer>\n{FENCE}python\n{RIGHT}\n{FENCE}", 0),
-    (f"<reasoning>a</reasoning><answer>{FENCE}python\n{WRONG}\n{FENCE}</answer>\n{FENCE}python\n{RIGHT}\n{FENCE}", 0),
-    (f"<reasoning>a</reasoning><answer>I would double x.</answer>", 0),
-    (f"<reasoning>a</reasoning><answer>{FENCE}python\n{RIGHT}\n</answer>", 1),
-])
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        (f"<reasoning>a</reasoning><answer>{RIGHT}</answer>", 1),
+        (f"<reasoning>a</reasoning><answer>\n{FENCE}python\n{RIGHT}\n{FENCE}\n</answer>", 1),
+        (
+            f"<reasoning>a</reasoning><answer>Here:\n{FENCE}py\n{WRONG}\n{FENCE}\nbetter:\n{FENCE}\n{RIGHT}\n{FENCE}\nDone.</answer>",
+            1,
+        ),
+        (
+            f"<reasoning>a</reasoning><answer>{FENCE}python\n{RIGHT}\n{FENCE}\nno:\n{FENCE}python\n{WRONG}\n{FENCE}</answer>",
+            0,
+        ),
+        (f"<reasoning>a</reasoning>\n{FENCE}python\n{RIGHT}\n{FENCE}", 1),
+        (f"<reasoning>\n{FENCE}python\n{RIGHT}\n{FENCE}\n</reasoning>", 0),
+        (f"<reasoning>\n{FENCE}python\n{RIGHT}\n{FENCE}\n", 0),
+        (f"<reasoning>a</reasoning>{RIGHT}", 0),
+        (f"<reasoning>a</reasoning><answer></answer>\n{FENCE}python\n{RIGHT}\n{FENCE}", 0),
+        (
+            f"<reasoning>a</reasoning><answer>{FENCE}python\n{WRONG}\n{FENCE}</answer>\n{FENCE}python\n{RIGHT}\n{FENCE}",
+            0,
+        ),
+        (f"<reasoning>a</reasoning><answer>I would double x.</answer>", 0),
+        (f"<reasoning>a</reasoning><answer>{FENCE}python\n{RIGHT}\n</answer>", 1),
+    ],
+)
 def test_which_program_counts(text, want):
     assert rewards.correct("code", text, ROW) == want
 
 
 def test_a_batch_keeps_its_order():
-    texts = [f"<reasoning>a</reasoning><answer>{program}</answer>" for program in (RIGHT, WRONG, RIGHT, WRONG, WRONG, RIGHT)]
+    texts = [
+        f"<reasoning>a</reasoning><answer>{program}</answer>" for program in (RIGHT, WRONG, RIGHT, WRONG, WRONG, RIGHT)
+    ]
     assert [parts["correct"] for parts in rewards.score_batch(["code"] * 6, texts, [ROW] * 6)] == [1, 0, 1, 0, 0, 1]

@@ -1,7 +1,8 @@
 """Scores a second: countdown and gsm8k in one process, math and code over all cores.
 
-    python tests/bench/bench_rewards.py
+python tests/bench/bench_rewards.py
 """
+
 import random
 import sys
 import time
@@ -20,7 +21,13 @@ def countdown_items(n, seed=0):
         lines = [f"{a}+{b}={a + b} {a + b}*{c}={(a + b) * c} no" for _ in range(noise.randint(0, 2))]
         lines.append(f"{a}*{b}={a * b} {a * b}+{c}={a * b + c} ok")
         answer = f"{a}*{b}+{c}" if noise.random() < 0.5 else f"({a}+{b})*{c}"
-        items.append(("countdown", "<reasoning>" + "\n".join(lines) + f"</reasoning>\n<answer>{answer}</answer>", {"nums": [a, b, c], "target": a * b + c}))
+        items.append(
+            (
+                "countdown",
+                "<reasoning>" + "\n".join(lines) + f"</reasoning>\n<answer>{answer}</answer>",
+                {"nums": [a, b, c], "target": a * b + c},
+            )
+        )
     return items
 
 
@@ -31,24 +38,49 @@ def gsm8k_items(n, seed=0):
         a, b = noise.randint(2, 999), noise.randint(2, 99)
         text = f"Each of the {b} boxes holds {a} pens. So there are {a} * {b} = {a * b} pens in all. Two of them break, which leaves {a * b} - 2 = {a * b - 2}."
         answer = noise.choice([f"{a * b - 2}", f"${a * b - 2}", f"{a * b - 2:,} pens", f"{a * b}"])
-        items.append(("gsm8k", f"<reasoning>{text}</reasoning>\n<answer>{answer}</answer>", {"question": "How many?", "answer": f"#### {a * b - 2}"}))
+        items.append(
+            (
+                "gsm8k",
+                f"<reasoning>{text}</reasoning>\n<answer>{answer}</answer>",
+                {"question": "How many?", "answer": f"#### {a * b - 2}"},
+            )
+        )
     return items
 
 
 def math_items(n, seed=0):
     noise = random.Random(seed)
-    pairs = [("{a}\\sqrt{{{b}}}", "\\sqrt{{{c}}}"), ("x^2+{a}x", "x(x+{a})"), ("\\frac{{{a}}}{{{b}}}", "{a}/{b}"), ("({a},{b}]", "({a},{b}]"), ("{a}\\pi", "\\pi\\cdot {b}")]
+    pairs = [
+        ("{a}\\sqrt{{{b}}}", "\\sqrt{{{c}}}"),
+        ("x^2+{a}x", "x(x+{a})"),
+        ("\\frac{{{a}}}{{{b}}}", "{a}/{b}"),
+        ("({a},{b}]", "({a},{b}]"),
+        ("{a}\\pi", "\\pi\\cdot {b}"),
+    ]
     items = []
     for _ in range(n):
         a, b = noise.randint(2, 99), noise.choice([2, 3, 5, 7])
         gold, said = (text.format(a=a, b=b, c=a * a * b) for text in noise.choice(pairs))
-        items.append(("math", f"<reasoning>So.</reasoning>\n<answer>{said}</answer>", {"problem": "Find it.", "answer": gold}))
+        items.append(
+            ("math", f"<reasoning>So.</reasoning>\n<answer>{said}</answer>", {"problem": "Find it.", "answer": gold})
+        )
     return items
 
 
 def code_items(n):
-    row = {"text": "Double it.", "test_list": ["assert f(2) == 4", "assert f('a') == 'aa'", "assert f([]) == []"], "test_setup_code": ""}
-    return [("code", f"<reasoning>So.</reasoning>\n<answer>\n```python\ndef f(x):\n    return {2 + i % 2} * x  # {i}\n```\n</answer>", row) for i in range(n)]
+    row = {
+        "text": "Double it.",
+        "test_list": ["assert f(2) == 4", "assert f('a') == 'aa'", "assert f([]) == []"],
+        "test_setup_code": "",
+    }
+    return [
+        (
+            "code",
+            f"<reasoning>So.</reasoning>\n<answer>\n```python\ndef f(x):\n    return {2 + i % 2} * x  # {i}\n```\n</answer>",
+            row,
+        )
+        for i in range(n)
+    ]
 
 
 def rate(items):
@@ -60,7 +92,12 @@ def rate(items):
 
 if __name__ == "__main__":
     rate(math_items(8, seed=9))  # starts the workers
-    for name, items in (("countdown", countdown_items(20_000)), ("gsm8k", gsm8k_items(20_000)), ("math", math_items(400)), ("code", code_items(100))):
+    for name, items in (
+        ("countdown", countdown_items(20_000)),
+        ("gsm8k", gsm8k_items(20_000)),
+        ("math", math_items(400)),
+        ("code", code_items(100)),
+    ):
         rates, right = zip(*(rate(items) for _ in range(1 if name in ("math", "code") else 3)))
         first = f" (first time {rates[0]:,.0f}: nothing cached)" if len(rates) > 1 else ""
         print(f"{name:10} {sorted(rates)[len(rates) // 2]:10,.0f} scores a second{first}, {right[0]:.2f} right")
