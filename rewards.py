@@ -166,8 +166,8 @@ def math_(said, row):
     - where the gold is one value, a list or set of guesses, `18 or 20`, two boxes, or a false equation is wrong; `x=5` is 5
     - a numeric answer must be exact, not rounded; it may be written in all the ways of gsm8k's
     """
-    gold, units_are_words = math_gold(row), not re.search(r"[0-9)}]\s*[a-zA-Z]{1,2}(?![a-zA-Z])|[0-9][a-zA-Z]", said[:200])
-    value = number(said) if units_are_words else None  # `5r` and `2 ab` are products
+    gold, product = math_gold(row), re.search(r"[0-9)}]\s*[a-zA-Z]{1,2}(?![a-zA-Z])|[0-9][a-zA-Z]", said[:200])
+    value = None if product else number(said)  # `5r` and `2 ab` are no numbers with units
     return value is not None and value == number(mathematics.tidy(gold)) or mathematics.equal(gold, said)
 
 
@@ -195,7 +195,10 @@ FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)^[ \t]*```", re.S | re.M)
 
 
 def code(said, row):
-    """The last fenced block of the answer (of the tail, if there is no answer tag), or the bare answer, passes every test: sandbox.py."""
+    """The last fenced block of the answer (of the tail, if there is no answer tag), or the bare answer, passes every test.
+
+    How it is run, and what that does not protect from: see sandbox.py.
+    """
     blocks = FENCED.findall(said[-200_000:]) or [re.sub(r"\A\s*```.*", "", said)]
     return sandbox.passes(blocks[-1], row["test_list"], row.get("test_setup_code") or "")
 
@@ -205,7 +208,9 @@ def code(said, row):
 def format_part(text, style):
     """1.0: one non-empty reasoning block, then one non-empty answer block, and white space; no tag repeated or nested."""
     pieces = TAGS[style].split(text)
-    return float(pieces[1::2] == [f"<{style}>", f"</{style}>", "<answer>", "</answer>"] and [not piece or piece.isspace() for piece in pieces[::2]] == [True, False, True, False, True])
+    blank = [not piece or piece.isspace() for piece in pieces[::2]]
+    in_order = pieces[1::2] == [f"<{style}>", f"</{style}>", "<answer>", "</answer>"]
+    return float(in_order and blank == [True, False, True, False, True])
 
 
 def length_part(n_tokens, length=LENGTH):

@@ -15,6 +15,7 @@
 What this does not protect from
 - Errors of the kernel, on which the program runs. For programs that someone writes to attack you, take a virtual machine.
 - Programs made for the tests that their prompt shows: calls and results from there can be copied. Keep tests back if that matters.
+- The tests: they run outside of the walls, with the caller's rights. Take them from a source that you trust.
 - Load: a program may use up its allowance (seconds, memory, 16 processes), and slow down others meanwhile.
 - Reading the system's and Python's own files (/usr, /lib, the virtual environment).
 - Where the kernel allows no namespaces (containers, often): other files are shut by Landlock (Linux 5.13) alone, TCP from Linux 6.7,
@@ -45,8 +46,9 @@ def passes(program, tests, setup="", namespaces=True, seconds=(CPU_SECONDS, WALL
     secret, folder = os.urandom(16).hex(), tempfile.mkdtemp(prefix="program-")
     os.mkdir(inner := os.path.join(folder, "inner"))  # `../file` still lies in a folder that goes
     request = framed((program, inner, namespaces, seconds)) + framed((setup, tests, secret))
-    judge = subprocess.Popen([sys.executable, "-I", "-c", JUDGE, os.path.dirname(os.path.abspath(__file__))], cwd=inner, env={}, start_new_session=True,
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-I", "-c", JUDGE, os.path.dirname(os.path.abspath(__file__))]
+    judge = subprocess.Popen(command, cwd=inner, env={}, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             stderr=subprocess.DEVNULL)
     try:
         return judge.communicate(request, seconds[1] + 4)[0] == secret.encode()
     except (subprocess.TimeoutExpired, OSError):
@@ -54,11 +56,12 @@ def passes(program, tests, setup="", namespaces=True, seconds=(CPU_SECONDS, WALL
     finally:
         if judge.poll() is None:
             os.killpg(judge.pid, signal.SIGKILL)
-        judge.communicate()
+        judge.wait()
+        judge.stdin.close(), judge.stdout.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-# ---------------------------------------------------------------------------------------------- messages: Python literals, with their length
+# ---------------------------------------------------------------------------------------------- messages: literals with their length
 
 def framed(value):
     data = ascii(value).encode()
@@ -88,11 +91,12 @@ def receive(fd, limit=1 << 30):
 # ---------------------------------------------------------------------------------------------- the judge
 
 def judge():
+    """Runs a program that it reads from its input apart from the tests that come next; writes their secret when all have passed."""
     import ctypes
     import resource
 
     libc = ctypes.CDLL(None, use_errno=True)
-    program, folder, namespaces, (cpu_seconds, wall_seconds) = receive(0)  # and nothing further: the tests must not be in the memory that is forked
+    program, folder, namespaces, (cpu_seconds, wall_seconds) = receive(0)  # no more: what is forked must not hold the tests
     requests, replies = os.pipe(), os.pipe()
     libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans of the program become the judge's children
     apart = namespaces and enter_namespaces(libc)
@@ -132,7 +136,7 @@ def judge():
         for test in [setup, *tests]:
             exec(compile(test, "test", "exec"), names)
         os.write(result, secret.encode())
-    except BaseException:  # a failed assert, an error or the end of the program, time or memory used up: not passed, whichever it was
+    except BaseException:  # a failed assert, an error or the end of the program, time or memory used up: not passed
         pass
     finally:
         signal.alarm(0)
@@ -162,12 +166,13 @@ class Names(dict):
         nodes = [node for test in [setup, *tests] for node in ast.walk(ast.parse(test))]
         used = {node.id for node in nodes if isinstance(node, ast.Name)}
         self.modules = {node.value.id for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
-        self.own = not used - set(dir(builtins)) and {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        self.own = set() if used - set(dir(builtins)) else called
         self.ask = ask
         super().__init__(__builtins__=builtins)
 
     def __missing__(self, name):
-        if hasattr(builtins, name) and not (self.own and name in self.own):
+        if hasattr(builtins, name) and name not in self.own:
             raise KeyError(name)  # Python goes on to look among the builtins
         if name in self.modules and name in sys.stdlib_module_names:
             return __import__(name)
@@ -186,18 +191,36 @@ class Remote:
         return self is other or not isinstance(other, Remote) and repr(self) == repr(other)
 
     __hash__ = object.__hash__
-    __getattr__ = lambda self, name: self._ask("getattr", (self, name))
-    __setattr__ = lambda self, name, value: self._ask("setattr", (self, name, value))
-    __getitem__ = lambda self, key: self._ask("(lambda it, key: it[key])", (self, key))
-    __iter__ = lambda self: iter(self._ask("list", (self,)))
-    __next__ = lambda self: self._ask("next", (self,))
-    __len__ = lambda self: self._ask("len", (self,))
-    __bool__ = lambda self: self._ask("bool", (self,))
-    __repr__ = lambda self: str(self._ask("repr", (self,)))
-    __str__ = lambda self: str(self._ask("str", (self,)))
+
+    def __getattr__(self, name):
+        return self._ask("getattr", (self, name))
+
+    def __setattr__(self, name, value):
+        self._ask("setattr", (self, name, value))
+
+    def __getitem__(self, key):
+        return self._ask("(lambda it, key: it[key])", (self, key))
+
+    def __iter__(self):
+        return iter(self._ask("list", (self,)))
+
+    def __next__(self):
+        return self._ask("next", (self,))
+
+    def __len__(self):
+        return self._ask("len", (self,))
+
+    def __bool__(self):
+        return self._ask("bool", (self,))
+
+    def __repr__(self):
+        return str(self._ask("repr", (self,)))
+
+    def __str__(self):
+        return str(self._ask("str", (self,)))
 
 
-def ask(requests, replies, function, args, kwargs={}):
+def ask(requests, replies, function, args, kwargs=None):
     """Has the program's process call a function. Lists, dicts and sets among the arguments that it changed are changed here too."""
     def source(value):
         if isinstance(value, Remote):
@@ -218,7 +241,7 @@ def ask(requests, replies, function, args, kwargs={}):
     def again(*call):
         return ask(requests, replies, *call)
 
-    send(requests, f"({function if isinstance(function, str) else source(function)}, {source(args)}, {source(kwargs)})")
+    send(requests, f"({function if isinstance(function, str) else source(function)}, {source(args)}, {source(kwargs or {})})")
     error, value, after = received(receive(replies, REPLY))
     if error:
         kind = getattr(builtins, error, Exception)
