@@ -167,7 +167,8 @@ def end_token(tok):
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
     tail = tok.apply_chat_template(chat, tokenize=False).rpartition(mark)[2]
     special = [i for i in tok(tail, add_special_tokens=False)["input_ids"] if i in tok.all_special_ids]
-    return special[0] if special else tok.eos_token_id
+    end = special[0] if special else tok.eos_token_id
+    return end if end is not None else fail("neither the chat template nor the tokenizer has a token that ends a turn")
 
 
 def encode(tok, rows, style, max_length, end):
@@ -175,9 +176,12 @@ def encode(tok, rows, style, max_length, end):
     texts = [completion(row["task"], row, style) for row in rows]
     prompts = [tok.apply_chat_template(rewards.messages(row["task"], row, style), tokenize=False,
                                        add_generation_prompt=True) for row in tqdm(rows, "prompts", disable=None)]
-    prompts, texts = (tok(t, add_special_tokens=False)["input_ids"] if t else [] for t in (prompts, texts))
+    prompts, texts = (tok(t, add_special_tokens=False)["input_ids"] for t in (prompts, texts))
     encoded = [{"ids": torch.tensor(p + t + [end]), "prompt": len(p)} for p, t in zip(prompts, texts)]
-    return [row for row in encoded if len(row["ids"]) <= max_length]
+    kept = [row for row in encoded if len(row["ids"]) <= max_length]
+    if len(kept) < len(rows):
+        note(f"{len(rows) - len(kept)} of {len(rows)} rows are longer than --max_length {max_length}: left out")
+    return kept or fail(f"--max_length {max_length}: every row is longer")
 
 
 @lru_cache(maxsize=2)
@@ -437,17 +441,6 @@ def export(folder, args, out, dtype, tok, end):
     shutil.rmtree(tmp)
 
 
-def catch_stop():
-    """-> a list that gets the first SIGINT or SIGTERM; a second one ends the process at once."""
-    got, signals = [], (signal.SIGINT, signal.SIGTERM)
-
-    def first(number, _):
-        got.append(number)
-        [signal.signal(s, signal.SIG_DFL) for s in signals]
-    [signal.signal(s, first) for s in signals]
-    return got
-
-
 # ---------------------------------------------------------------- the run
 def train(args, argv):
     cuda, out = torch.cuda.is_available(), Path(args.output_dir)
@@ -464,20 +457,13 @@ def train(args, argv):
 
     # 1. rows
     try:
-        sources = [(source, "train") for source in args.data], [(source, args.eval_split) for source in args.eval_data]
-        rows, held_out = ([row for source in part for row in rewards.load_rows(*source)] for part in sources)
-        read, tok = len(rows) + len(held_out), tiny_tokenizer() if args.model == "tiny" else load_tokenizer(
-            args.model, args.chat_template, args.max_length)
+        rows = [row for source in args.data for row in rewards.load_rows(source, "train")]
+        held_out = [row for source in args.eval_data for row in rewards.load_rows(source, args.eval_split)]
+        tok = tiny_tokenizer() if args.model == "tiny" else load_tokenizer(args.model, args.chat_template, args.max_length)
         end = end_token(tok)
-        if end is None:
-            fail(f"--model {args.model}: neither its chat template nor its tokenizer has a token that ends a turn")
-        rows, held_out = (encode(tok, r, args.style, args.max_length, end) for r in (rows, held_out))
+        rows, held_out = (r and encode(tok, r, args.style, args.max_length, end) for r in (rows, held_out))
     except (rewards.DataError, jinja2.TemplateError) as err:
         fail(err)
-    if len(rows) + len(held_out) < read:
-        note(f"{read - len(rows) - len(held_out)} of {read} rows are longer than --max_length {args.max_length}: left out")
-    if not rows or (args.eval_data and not held_out):
-        fail(f"--max_length {args.max_length}: every row is longer")
     steps = args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
 
     # 2. the model
@@ -521,7 +507,9 @@ def train(args, argv):
             dist.barrier()
         return step
 
-    stop, begun, shown = catch_stop(), time.perf_counter(), 0
+    stop, begun, shown = [], time.perf_counter(), 0
+    for s in (signal.SIGINT, signal.SIGTERM):  # the first is seen to after a micro-batch, the second ends the process at once
+        signal.signal(s, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
     log = open_log(out, args, step) if RANK == 0 else open(os.devnull, "w")
     bar = tqdm(total=steps, initial=step, disable=None if RANK == 0 else True)  # None: no bar where there is no terminal
     while step < steps:

@@ -380,15 +380,14 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(toy, tmp_path, number, capfd)
     assert sft.is_whole(folder) and metrics(tmp_path)[-1]["step"] == step and "--resume" in err and str(tmp_path) in err
 
 
-def test_a_second_signal_ends_at_once():
-    pid = os.fork()
-    if pid == 0:
-        sft.catch_stop()
+def test_a_second_signal_ends_at_once(toy, tmp_path, monkeypatch):
+    def interrupted(*args):
         os.kill(os.getpid(), signal.SIGINT)
+        (tmp_path / "once").touch()
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
-        os._exit(0)
-    assert exit_code(pid) == -signal.SIGINT
+        time.sleep(60)
+    monkeypatch.setattr(sft, "token_sums", interrupted)
+    assert exit_code(child(flags(toy, tmp_path / "run"))) == -signal.SIGINT and (tmp_path / "once").exists()
 
 
 @pytest.mark.parametrize("harm", [
