@@ -34,6 +34,7 @@ from itertools import islice
 import arithmetic
 import mathematics
 import sandbox
+from mathematics import last_box
 from rows import DataError, check, read as read_rows
 
 STYLES = ("reasoning", "think")
@@ -66,7 +67,7 @@ def answer(text, style="reasoning", strict=True, labels=None):
     if strict or text is None or said is not None:
         return said
     text = re.sub("</?answer>", "\n", text)[-10_000:]  # stray tags; no answer stands further from the end
-    if (box := mathematics.last_box(text)) is not None:
+    if (box := last_box(text)) is not None:
         return box.strip()
     for pattern in (r"####[ \t]*(.*)", r"(?i:answer is)[ \t]*:?[ \t]*((?:[^.\n]|\.(?=\S))*)"):  # to the end of line, of sentence
         if found := re.findall(pattern, text):
@@ -156,7 +157,7 @@ def gsm8k(said, row):
 # ---------------------------------------------------------------------------------------------- math, arc, code
 
 def math_gold(row):
-    return str(row["answer"]) if row.get("answer") is not None else mathematics.last_box(str(row.get("solution")))
+    return str(row["answer"]) if row.get("answer") is not None else last_box(str(row.get("solution")))
 
 
 def math_(said, row):
