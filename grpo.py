@@ -25,6 +25,7 @@ whose kernels differ), and dead groups are replaced.
 import argparse
 import contextlib
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -53,7 +54,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import rewards
 
@@ -170,6 +171,13 @@ def parse_args(argv=None):
             (a.resume and a.overwrite, "--resume goes on with a run and --overwrite drops it: take one")):
         if wrong:
             fail(message)
+    for name, flag in (("peft", a.lora_rank and "--lora_rank"), ("bitsandbytes", a.load_in_4bit and "--load_in_4bit"),
+                       ("bitsandbytes", a.optim != "adamw" and f"--optim {a.optim}"), ("wandb", a.log_to == "wandb" and "--log_to wandb"),
+                       ("tensorboard", a.log_to == "tensorboard" and "--log_to tensorboard")):
+        try:
+            flag and importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(name, name))
+        except ImportError:
+            fail(f"{flag} needs a package that is not there: pip install {name}")
     try:
         given = {part: float(value) for part, _, value in (text.partition("=") for text in a.weights)}
     except ValueError:
@@ -523,11 +531,22 @@ def load_tokenizer(args):
             fail(f"--model {args.model} is an adapter: train on from its merged model (sft.py --merge writes it)")
         if "trust_remote_code" in str(err):
             fail(f"--model {args.model} comes with code of its own: read it, then pass --trust_remote_code to run it")
-        fail(f"--model {args.model}: neither a folder with a model nor a hub id that can be reached now ({str(err).splitlines()[0]})")
+        fail(f"--model {args.model}: neither a folder with a model nor a hub id that can be reached now ({' '.join(str(err).split())[:200]})")
     tok.chat_template = Path(args.chat_template).read_text() if args.chat_template else tok.chat_template
     if not tok.chat_template:
         fail(f"--model {args.model}: its tokenizer has no chat template; pass one with --chat_template FILE")
+    end_ids(args, tok)
     return tok, getattr(config.get_text_config(), "max_position_embeddings", math.inf)
+
+
+def end_ids(args, tokenizer):
+    """Every id that ends a completion: models have several."""
+    try:
+        ends = GenerationConfig.from_pretrained(args.model).eos_token_id
+    except OSError:                                             # no such file: transformers would make it of the config
+        ends = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code).get_text_config().eos_token_id
+    ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    return ids or fail(f"--model {args.model}: neither its tokenizer nor its generation config names an end token")
 
 
 def load_lm(args, device, dtype, load_in_4bit=False):
@@ -537,7 +556,7 @@ def load_lm(args, device, dtype, load_in_4bit=False):
     try:
         lm = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=args.trust_remote_code, **kwargs)
     except Exception as err:
-        fail(f"--model {args.model}: {str(err).splitlines()[0]}")
+        fail(f"--model {args.model}: {' '.join(str(err).split())[:200]}")
     for module in lm.modules():                                 # on CPU a first pass would repack 4-bit weights, and break them
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -570,10 +589,6 @@ def build(args, tokenizer, data, eval_data):
             fully_shard(layer, mp_policy=policy)
         fully_shard(lm, mp_policy=policy)
         register_fsdp_forward_method(lm, "logps")
-    ends = lm.generation_config.eos_token_id
-    eos_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    if not eos_ids:
-        fail(f"--model {args.model}: neither its tokenizer nor its generation config names an end token")
     masters = Masters([p for p in model.parameters() if p.requires_grad])
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     muon = {name for name in names if args.optim == "muon" and ".layers." in name and model.get_parameter(name).ndim == 2}
@@ -588,7 +603,7 @@ def build(args, tokenizer, data, eval_data):
     model.eval()
     refresh(sampler, model)
     return types.SimpleNamespace(
-        args=args, tokenizer=tokenizer, eos_ids=eos_ids, data=data, eval_data=eval_data, device=device, model=model, logps=lm.logps,
+        args=args, tokenizer=tokenizer, eos_ids=end_ids(args, tokenizer), data=data, eval_data=eval_data, device=device, model=model, logps=lm.logps,
         reference=reference, sampler=sampler, masters=masters, optimizers=optimizers, check=lambda: None,
         curriculum=Curriculum(len(data), args.group_size, args.seed, args.curriculum_floor))
 
@@ -734,7 +749,7 @@ def checkpoints(output_dir):
     return sorted((p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdecimal()), key=lambda p: int(p.name[11:]))
 
 
-def open_output(args):
+def open_output(args, ready):
     """-> the checkpoint to go on from, the newest that is as it was written, or None. Another run's folder is never written to
     by mistake, nor is this one's with other flags."""
     out = Path(args.output_dir)
@@ -742,12 +757,15 @@ def open_output(args):
             "fsdp", "activation_checkpointing", "merge")
     flags = {name: value for name, value in vars(args).items() if name not in free}
     if not args.resume:
-        old = [*checkpoints(out), *out.glob("tmp-*"), *(out / name for name in ("args.json", "metrics.jsonl", "samples.jsonl"))]
+        old = [*checkpoints(out), *out.glob("tmp-*"), *out.glob("adapter_*"),     # a stale adapter would load with a new model
+               *(out / name for name in ("args.json", "metrics.jsonl", "samples.jsonl", "merged"))]
         if any(path.exists() for path in old) and not args.overwrite:
             fail(f"--output_dir {out} holds a run: --resume goes on with it, --overwrite drops it")
+        out.mkdir(parents=True, exist_ok=True)
+        if not ready:
+            return None
         for path in old:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        out.mkdir(parents=True, exist_ok=True)
         (out / "args.json").write_text(json.dumps(flags, indent=1))
         return None
     damaged = []
@@ -886,8 +904,10 @@ def train(args, argv):
         data = [row for row in data if args.pass_rate[0] <= row["pass_rate"] <= args.pass_rate[1]]
     if len(data) < args.prompts_per_step:
         fail(f"--data has {len(data)} prompts, fewer than --prompts_per_step {args.prompts_per_step}")
-    folder = gather(open_output(args) if RANK == 0 else None)[0]
+    folder = gather(open_output(args, ready=False) if RANK == 0 else None)[0]
     run, log, done, stop, bad, recent, said = build(args, tokenizer, data, eval_data), logger(args), 0, [], 0, [], set()
+    if RANK == 0 and not folder:
+        open_output(args, ready=True)                           # a model that does not load costs no run its folder
     if folder:
         load_checkpoint(run, folder)
         done = int(folder.name[11:])
