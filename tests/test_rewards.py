@@ -486,6 +486,25 @@ def test_countdown_prompt_is_numbers_and_target():
     )
 
 
+def test_a_task_is_one_function_and_one_row(monkeypatch, tmp_path):
+    def vowels(said, row):
+        return rewards.number(said) == sum(row["word"].count(vowel) for vowel in "aeiou")
+
+    task = {
+        "columns": {"word": str},
+        "data": "data/vowels",
+        "grade": vowels,
+        "gold": lambda row: row["word"],
+        "needs": "'word' must not be empty",
+        "ask": lambda row: f"How many vowels are in '{row['word']}'?",
+        "instruction": "You count letters. The answer is one number alone.",
+    }
+    monkeypatch.setitem(rewards.TASKS, "vowels", task)
+    (row,) = rewards.load_rows(f"vowels={write(tmp_path / 'train.jsonl', [{'word': 'banana'}])}", "train")
+    assert rewards.messages("vowels", row)[1]["content"] == "How many vowels are in 'banana'?"
+    assert [rewards.correct("vowels", completion(said), row) for said in ("3", "3 vowels", "2", "")] == [1, 1, 0, 0]
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
