@@ -35,6 +35,8 @@ def toy(tmp_path_factory):
 
 
 def flags(toy, *more):
+    """What most tests want, then `more`: flags one by one, or several with their values in one string."""
+    more = [x for text in map(str, more) for x in (text.split() if text.startswith("--") else [text])]
     return [str(x) for x in ("--model", toy / "model", "--data", f"countdown={toy / 'countdown'}", "--steps", 2, "--prompts_per_step", 4,
                              "--group_size", 4, "--max_new_tokens", 12, "--beta", 0, "--warmup", 0, "--lr", 1e-3, *more)]
 
@@ -47,7 +49,8 @@ def cli(toy, out, *more):
 
 def build(toy, *more, rows=toys.COUNTDOWN):
     """A run that has not begun, without its files."""
-    args, tokenizer = grpo.parse_args(flags(toy, *more)), AutoTokenizer.from_pretrained(toy / "model")
+    args = grpo.parse_args(flags(toy, *more))
+    tokenizer, _ = grpo.load_tokenizer(args)
     data = [{**row, "task": "countdown"} for row in rows]
     for row in data:
         row["prompt_ids"] = tokenizer.apply_chat_template(rewards.messages("countdown", row), add_generation_prompt=True, return_dict=False)
@@ -588,7 +591,8 @@ def test_generation_config_of_the_checkpoint_does_not_leak_into_sampling(toy, tm
     model.generation_config.update(do_sample=True, top_k=2, top_p=0.5, repetition_penalty=1.5, temperature=0.1)
     model.save_pretrained(folder / "model")
     a, b = (build(x) for x in (toy, folder))
-    assert [r.completion for r in grpo.rollout(a, a.data, [0, 1], 1, 1.0)] == [r.completion for r in grpo.rollout(b, b.data, [0, 1], 1, 1.0)]
+    found = [[r.completion for r in grpo.rollout(run, run.data, [0, 1], 1, 1.0)] for run in (a, b)]
+    assert found[0] == found[1]
 
 
 def test_text_that_is_scored_is_the_completion_without_special_tokens(toy, monkeypatch):
@@ -704,6 +708,22 @@ def test_qlora_samples_from_the_weights_that_it_trains(toy):
     with torch.no_grad():
         torch.testing.assert_close(run.sampler(ids).logits, run.model(ids).logits, rtol=0, atol=1e-4)
         assert (run.sampler(ids).logits - AutoModelForCausalLM.from_pretrained(toy / "model")(ids).logits).abs().max() > 0.01
+
+
+def test_muon_moves_the_layers_matrices_and_adamw_the_rest(toy):
+    """Each at its own peak learning rate, as the schedule scales it: AdamW's first step is the rate in every weight, Muon's
+    matrices change by orthogonal ones: their singular values are alike."""
+    run = build(toy, "--optim muon --muon_lr 2e-2 --lr 1e-3")
+    before, used = weights(run.model), torch.arange(10, 20)
+    grpo.update(run, made_up(8), 1.0, 5e-4)                     # half of the peak
+    for name, p in run.model.named_parameters():
+        step = (p.detach() - before[name]).abs()
+        if ".layers." in name and p.ndim == 2:
+            values = torch.linalg.svdvals(p.detach() - before[name])
+            assert 0.5e-2 < values[0] < 2.5e-2 and (values > 0.4 * values[0]).float().mean() > 0.5       # the rest: no gradient
+        elif p.ndim == 1:
+            assert step.median() == pytest.approx(5e-4, rel=0.05)
+    assert (run.model.lm_head.weight - before["model.embed_tokens.weight"])[used].abs().median() == pytest.approx(5e-4, rel=0.1)
 
 
 def test_8_bit_adamw_trains(toy):
@@ -839,9 +859,8 @@ def test_resampling_does_not_bias_the_advantages_of_a_group(monkeypatch, scale):
 
 def test_resampling_leaves_fewer_dead_groups_and_reports_both_shares(toy, tmp_path, monkeypatch):
     """Half of the prompts always earn the same: before resampling the share is theirs in the first draw, after it nothing."""
-    draws, earned = [], random.Random(0)
-    real = grpo.rollout
-    monkeypatch.setattr(grpo, "rollout", lambda run, data, indices, *a, **k: (draws.append(list(indices)), real(run, data, indices, *a, **k))[1])
+    draws, earned, real = [], random.Random(0), grpo.rollout
+    monkeypatch.setattr(grpo, "rollout", lambda run, data, at, *a, **k: (draws.append(list(at)), real(run, data, at, *a, **k))[1])
     pay(monkeypatch, lambda text, row: earned.random() if row["target"] in (16, 24) else 0.25)
     m, = cli(toy, tmp_path / "on", "--max_resample", 7, "--steps", 1, "--prompts_per_step", 2)
     dull = [i for i in draws[0] if toys.COUNTDOWN[i]["target"] not in (16, 24)]
@@ -884,8 +903,8 @@ def steady(metrics):
 def test_grpo_learns(toy, tmp_path, monkeypatch):
     """Reward: the share of a completion that is digits. By chance a tenth; 25 steps later nearly all."""
     pay(monkeypatch, lambda text, row: sum(c.isdigit() for c in text) / 8)
-    lines = cli(toy, tmp_path, "--steps", 25, "--prompts_per_step", 8, "--group_size", 8, "--max_new_tokens", 8, "--lr", 1e-2, "--eval_data",
-                f"countdown={toy / 'countdown'}", "--eval_every", 25)
+    lines = cli(toy, tmp_path, "--steps 25 --prompts_per_step 8 --group_size 8 --max_new_tokens 8 --lr 1e-2 --eval_every 25",
+                "--eval_data", f"countdown={toy / 'countdown'}")
     assert np.mean([m["reward"] for m in lines[:3]]) < 0.2 and np.mean([m["reward"] for m in lines[-3:]]) > 0.8
     first, last = (m for m in toys.read(tmp_path / "metrics.jsonl") if "eval_reward" in m)
     assert first["eval_reward"] < 0.3 and last["eval_reward"] > 0.8         # greedy, by the weights after the last step
@@ -893,7 +912,7 @@ def test_grpo_learns(toy, tmp_path, monkeypatch):
 
 def test_an_adapter_learns(toy, tmp_path, monkeypatch):
     pay(monkeypatch, lambda text, row: sum(c.isdigit() for c in text) / 8)
-    lines = cli(toy, tmp_path, "--steps", 25, "--prompts_per_step", 8, "--group_size", 8, "--max_new_tokens", 8, "--lr", 3e-2, "--lora_rank", 8)
+    lines = cli(toy, tmp_path, "--steps 25 --prompts_per_step 8 --group_size 8 --max_new_tokens 8 --lr 3e-2 --lora_rank 8")
     assert np.mean([m["reward"] for m in lines[:3]]) < 0.2 and np.mean([m["reward"] for m in lines[-3:]]) > 0.6
 
 
@@ -907,8 +926,8 @@ def test_metrics_are_those_of_the_step(toy, tmp_path, monkeypatch):
         return real(run, trained, temperature, lr)
 
     monkeypatch.setattr(grpo, "update", update)
-    lines = cli(toy, tmp_path, "--steps", 3, "--temperature", 1.2, "--temperature_end", 0.8, "--beta", 0.05, "--max_resample", 0, "--lr", 4e-3,
-                "--warmup", 2, "--micro_batch_size", 3, "--sample_every", 1, "--max_grad_norm", 0.01, "--prompts_per_step", 2)
+    lines = cli(toy, tmp_path, "--steps 3 --temperature 1.2 --temperature_end 0.8 --beta 0.05 --max_resample 0 --lr 4e-3 --warmup 2",
+                "--micro_batch_size 3 --sample_every 1 --max_grad_norm 0.01 --prompts_per_step 2")
     samples = toys.read(tmp_path / "samples.jsonl")
     assert [m["step"] for m in lines] == [1, 2, 3] and all(set(KEYS) <= set(m) for m in lines)
     assert [m["temperature"] for m in lines] == pytest.approx([1.2, 1.0, 0.8])
@@ -939,8 +958,9 @@ def test_metrics_are_those_of_the_step(toy, tmp_path, monkeypatch):
 def test_clip_shares_are_means_over_the_whole_step(toy, tmp_path, monkeypatch):
     pay(monkeypatch, odd_sum)
     seen, real = [], grpo.policy_loss
-    monkeypatch.setattr(grpo, "policy_loss", lambda *a, **k: (seen.append([x.detach() for x in (a[0], a[1], a[3], a[4])]), real(*a, **k))[1])
-    m, = cli(toy, tmp_path, "--steps", 1, "--inner_epochs", 3, "--micro_batch_size", 3, "--clip_low", 0.01, "--clip_high", 0.02, "--max_resample", 0)
+    monkeypatch.setattr(grpo, "policy_loss", lambda logp, old, ref, adv, mask, **k: (
+        seen.append((logp.detach(), old, adv, mask)), real(logp, old, ref, adv, mask, **k))[1])
+    m, = cli(toy, tmp_path, "--steps 1 --inner_epochs 3 --micro_batch_size 3 --clip_low 0.01 --clip_high 0.02 --max_resample 0")
     tokens = sum(float(mask.sum()) for *_, mask in seen)        # each completion comes three times
     low = sum(float((((logp - old).exp() < 0.99) & (adv[:, None] < 0) & (mask > 0)).sum()) for logp, old, adv, mask in seen)
     high = sum(float((((logp - old).exp() > 1.02) & (adv[:, None] > 0) & (mask > 0)).sum()) for logp, old, adv, mask in seen)
@@ -964,12 +984,12 @@ def test_learning_rate_warms_up_and_falls():
     assert rates("--warmup", "0", "--lr_schedule", "cosine", steps=8)[4] == pytest.approx(5e-4)
 
 
-@pytest.mark.parametrize("more", [[], ["--lora_rank", 4], ["--dtype", "bfloat16"], ["--lora_rank", 4, "--load_in_4bit"], ["--optim", "adamw8bit"]],
-                         ids=["full", "lora", "bf16", "qlora", "adamw8bit"])
+@pytest.mark.parametrize("more", [[], ["--lora_rank 4"], ["--dtype bfloat16"], ["--lora_rank 4 --load_in_4bit"], ["--optim adamw8bit"],
+                                  ["--optim muon --muon_lr 1e-3"]], ids=["full", "lora", "bf16", "qlora", "adamw8bit", "muon"])
 def test_same_seed_same_bytes_and_a_resumed_run_is_the_uninterrupted_one_to_the_bit(toy, tmp_path, monkeypatch, more):
     pay(monkeypatch, odd_sum)
-    more = [*more, "--steps", 4, "--save_every", 2, "--keep", 9, "--beta", 0.02, "--temperature_end", 0.8, "--lr_schedule", "cosine", "--warmup", 1,
-            "--inner_epochs", 2, "--sample_every", 1, "--prompts_per_step", 2, "--eval_data", f"gsm8k={toy / 'gsm8k'}:2", "--eval_every", 2]
+    more = [*more, "--steps 4 --save_every 2 --keep 9 --beta 0.02 --temperature_end 0.8 --lr_schedule cosine --warmup 1 --inner_epochs 2",
+            "--sample_every 1 --prompts_per_step 2 --eval_every 2", "--eval_data", f"gsm8k={toy / 'gsm8k'}:2"]
     whole, again = cli(toy, tmp_path / "whole", *more), tmp_path / "again"
     assert all(m["grad_norm"] > 0 for m in whole)
     shutil.copytree(tmp_path / "whole", again)                  # a run that died in its fourth step
@@ -985,7 +1005,7 @@ def test_same_seed_same_bytes_and_a_resumed_run_is_the_uninterrupted_one_to_the_
     assert (again / "samples.jsonl").read_bytes() == (tmp_path / "whole" / "samples.jsonl").read_bytes()
     found = files(again)
     assert any(name.endswith(".safetensors") for name in found) and found == files(tmp_path / "whole")
-    if more[0] == "--steps":                                    # full-parameter: once more from the start, and another seed
+    if more[0].startswith("--steps"):                                  # full-parameter: once more from the start, and another seed
         assert files(toy / "model")["model.safetensors"] != found["model.safetensors"]
         assert steady(cli(toy, tmp_path / "same", *more)) == steady(whole) and files(tmp_path / "same") == found
         cli(toy, tmp_path / "other", *more, "--seed", 1)
@@ -1053,7 +1073,8 @@ def test_checkpoints_are_kept_as_asked_and_are_models(toy, tmp_path, monkeypatch
     cli(toy, tmp_path, "--steps", 4, "--save_every", 1, "--keep", 2)
     kept = sorted(p.name for p in tmp_path.glob("*checkpoint-*"))
     assert kept == ["checkpoint-3", "checkpoint-4"]
-    assert moved(AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4"), weights(AutoModelForCausalLM.from_pretrained(tmp_path))) == 0
+    last, final = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "checkpoint-4", tmp_path))
+    assert moved(last, weights(final)) == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "checkpoint-3").chat_template == toys.TEMPLATE
 
 
@@ -1152,15 +1173,15 @@ def test_length_penalty_is_soft_and_its_own_flag_sets_where_it_falls(toy, tmp_pa
     assert lines[-1]["reward"] > lines[0]["reward"] + 0.3
 
 
-@pytest.mark.parametrize("more", [["--style", "think", "--data", "gsm8k={toy}/gsm8k", "--eval_data", "gsm8k={toy}/gsm8k:2", "countdown={toy}/countdown:3"],
-                                  ["--loss", "gspo", "--scale", "batch", "--clip_high", 0.28, "--inner_epochs", 2, "--activation_checkpointing"],
-                                  ["--loss", "cispo", "--scale", "none", "--dtype", "bfloat16", "--beta", 0.1, "--mask_truncated"],
-                                  ["--lora_rank", 4, "--load_in_4bit", "--optim", "adamw8bit", "--activation_checkpointing", "--beta", 0.01]],
-                         ids=["gsm8k", "gspo", "cispo", "qlora"])
+@pytest.mark.parametrize("more", [
+    "--style think --data gsm8k={toy}/gsm8k --eval_data gsm8k={toy}/gsm8k:2 countdown={toy}/countdown:3",
+    "--loss gspo --scale batch --clip_high 0.28 --inner_epochs 2 --activation_checkpointing",
+    "--loss cispo --scale none --dtype bfloat16 --beta 0.1 --mask_truncated",
+    "--lora_rank 4 --load_in_4bit --optim adamw8bit --activation_checkpointing --beta 0.01"], ids=["gsm8k", "gspo", "cispo", "qlora"])
 def test_command_line_end_to_end(toy, tmp_path, more):
     out = tmp_path / "out"
     config = tmp_path / "flags.txt"
-    config.write_text("# a comment\n\n" + "\n".join(" ".join(map(str, pair)).format(toy=toy) for pair in [flags(toy), more]) +
+    config.write_text("# a comment\n\n" + " ".join(flags(toy)) + "\n" + more.format(toy=toy) +
                       f"\n--output_dir '{out}'  # where to\n--eval_every 1 --save_every 1\n")
     grpo.main([f"@{config}", "--steps", "2", "--prompts_per_step", "2"])
     lines = toys.read(out / "metrics.jsonl")
@@ -1226,33 +1247,73 @@ def refused(toy, tmp_path, capsys, monkeypatch):
     return refused
 
 
-@pytest.mark.parametrize("says, more", [
-    ("--group_size | at least 2", ["--group_size", 1]), ("--group_size", ["--group_size", 2.5]), ("--prompts_per_step", ["--prompts_per_step", 0]),
-    ("--max_new_tokens", ["--max_new_tokens", 0]), ("--temperature", ["--temperature", 0]), ("--temperature", ["--temperature", "nan"]),
-    ("--temperature_end", ["--temperature_end", -1]), ("--max_resample", ["--max_resample", -1]), ("--curriculum_floor", ["--curriculum_floor", 0]),
-    ("--sample_batch_size", ["--sample_batch_size", 0]), ("--loss | dr_grpo", ["--loss", "ppo"]), ("--scale", ["--scale", "std"]),
-    ("--clip_low", ["--clip_low", -1.5]), ("--clip_high", ["--clip_high", -0.1]), ("--beta", ["--beta", "inf"]), ("--beta", ["--beta", -1]),
-    ("--steps", ["--steps", 0]), ("--inner_epochs", ["--inner_epochs", 0]), ("--micro_batch_size", ["--micro_batch_size", "all"]),
-    ("--lr", ["--lr", "fast"]), ("--lr", ["--lr", -1e-6]), ("--warmup", ["--warmup", -1]), ("--lr_schedule", ["--lr_schedule", "step"]),
-    ("--max_grad_norm", ["--max_grad_norm", -1]), ("--optim", ["--optim", "sgd"]), ("--lora_rank", ["--lora_rank", -4]),
-    ("--load_in_4bit | --lora_rank", ["--load_in_4bit"]), ("--merge | --lora_rank", ["--merge"]), ("--dtype", ["--dtype", "int8"]),
-    ("--eval_every", ["--eval_every", 0]), ("--keep", ["--keep", 0]), ("--seed", ["--seed", -1]), ("--log_to", ["--log_to", "paper"]),
-    ("--style", ["--style", "xml"]), ("--weights | correct", ["--weights", "beauty=1"]), ("--weights", ["--weights", "correct"]),
-    ("--weights", ["--weights", "correct=much"]), ("--length_penalty", ["--length_penalty", 800, 500]), ("--length_penalty", ["--length_penalty", 5]),
-    ("--resume | --overwrite", ["--resume", "--overwrite"]), ("--no_such_flag", ["--no_such_flag"]), ("--pass_rate", ["--pass_rate", 0.9, 0.1]),
-    ("--pass_rate", ["--pass_rate", 0.1]), ("--pass_rate", ["--pass_rate", 0.1, 1.9]), ("pass_rate", ["--pass_rate", 0.1, 0.9]),
-    ("/nowhere/flags.txt", ["@/nowhere/flags.txt"]), ("/nowhere/model", ["--model", "/nowhere/model"]), ("--resume | checkpoint", ["--resume"]),
-    ("chess", ["--data", "chess"]), ("/nowhere/rows.jsonl", ["--data", "countdown=/nowhere/rows.jsonl"]), ("gsm8k:0", ["--data", "gsm8k:0"]),
-    ("/nowhere/held", ["--eval_data", "gsm8k=/nowhere/held"]), ("9 | 8", ["--prompts_per_step", 9]), ("context | 512", ["--max_new_tokens", 600]),
-    ("/nowhere/chat.jinja", ["--chat_template", "/nowhere/chat.jinja"]),
-], ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else "")
-def test_a_wrong_flag_gets_one_line_and_exit_code_2_before_any_model_loads(refused, no_model, says, more):
-    refused(says, *more)
+WRONG = """\
+--group_size 1                               > --group_size | at least 2
+--group_size 2.5                             > --group_size
+--prompts_per_step 0                         > --prompts_per_step
+--max_new_tokens 0                           > --max_new_tokens
+--temperature 0                              > --temperature
+--temperature nan                            > --temperature
+--temperature_end -1                         > --temperature_end
+--max_resample -1                            > --max_resample
+--curriculum_floor 0                         > --curriculum_floor
+--sample_batch_size 0                        > --sample_batch_size
+--loss ppo                                   > --loss | dr_grpo
+--scale std                                  > --scale
+--clip_low -1.5                              > --clip_low
+--clip_high -0.1                             > --clip_high
+--beta inf                                   > --beta
+--beta -1                                    > --beta
+--steps 0                                    > --steps
+--inner_epochs 0                             > --inner_epochs
+--micro_batch_size all                       > --micro_batch_size
+--lr fast                                    > --lr
+--lr -1e-06                                  > --lr
+--warmup -1                                  > --warmup
+--lr_schedule step                           > --lr_schedule
+--max_grad_norm -1                           > --max_grad_norm
+--optim sgd                                  > --optim
+--lora_rank -4                               > --lora_rank
+--load_in_4bit                               > --load_in_4bit | --lora_rank
+--merge                                      > --merge | --lora_rank
+--dtype int8                                 > --dtype
+--eval_every 0                               > --eval_every
+--keep 0                                     > --keep
+--seed -1                                    > --seed
+--log_to paper                               > --log_to
+--style xml                                  > --style
+--weights beauty=1                           > --weights | correct
+--weights correct                            > --weights
+--weights correct=much                       > --weights
+--length_penalty 800 500                     > --length_penalty
+--length_penalty 5                           > --length_penalty
+--resume --overwrite                         > --resume | --overwrite
+--no_such_flag                               > --no_such_flag
+--pass_rate 0.9 0.1                          > --pass_rate
+--pass_rate 0.1                              > --pass_rate
+--pass_rate 0.1 1.9                          > --pass_rate
+--pass_rate 0.1 0.9                          > pass_rate
+@/nowhere/flags.txt                          > /nowhere/flags.txt
+--model /nowhere/model                       > /nowhere/model
+--resume                                     > --resume | checkpoint
+--data chess                                 > chess
+--data countdown=/nowhere/rows.jsonl         > /nowhere/rows.jsonl
+--data gsm8k:0                               > gsm8k:0
+--eval_data gsm8k=/nowhere/held              > /nowhere/held
+--prompts_per_step 9                         > 9 | 8
+--max_new_tokens 600                         > context | 512
+--chat_template /nowhere/chat.jinja          > /nowhere/chat.jinja
+"""                                                             # flags > what the one line must name
+
+
+@pytest.mark.parametrize("more, says", [row.split("> ") for row in WRONG.splitlines()], ids=lambda x: x.strip())
+def test_a_wrong_flag_gets_one_line_and_exit_code_2_before_any_model_loads(refused, no_model, more, says):
+    refused(says, *more.split())
 
 
 @pytest.mark.parametrize("says, text", [
-    ("line 2", '{"nums": [1, 2], "target": 3}\n{"nums": [1, 2'), ("line 1 | nums", '{"target": 3}\n'), ("line 1 | target", '{"nums": [1, 2]}\n'),
-    ("target", '{"nums": [1, 2], "target": "3"}\n'), ("no rows", ""), ("line 1", "[1, 2]\n")],
+    ("line 2", '{"nums": [1, 2], "target": 3}\n{"nums": [1, 2'), ("line 1 | nums", '{"target": 3}\n'),
+    ("line 1 | target", '{"nums": [1, 2]}\n'), ("target", '{"nums": [1, 2], "target": "3"}\n'), ("no rows", ""), ("line 1", "[1, 2]\n")],
     ids=["broken", "no nums", "no target", "wrong type", "empty", "no object"])
 def test_bad_rows_get_one_line_that_names_file_and_line(refused, no_model, tmp_path, says, text):
     path = tmp_path / "rows.jsonl"
@@ -1287,8 +1348,8 @@ def test_model_folders_that_cannot_do_get_one_line(refused, no_model, toy, tmp_p
         (tmp_path / name).write_text(text)
         refused("template", "--model", bare, "--chat_template", tmp_path / name)
     refused("end token", "--model", variant("endless", no_end))
-    refused("adapter", "--model", variant("adapter", lambda x: [(x / "config.json").unlink(), (x / "adapter_config.json").write_text("{}")]))
-    refused("--model", "--model", variant("no tokenizer", lambda x: [(x / "tokenizer.json").unlink(), (x / "tokenizer_config.json").unlink()]))
+    refused("adapter", "--model", variant("adapter", lambda x: (x / "config.json").rename(x / "adapter_config.json")))
+    refused("--model", "--model", variant("no tokenizer", lambda x: [path.unlink() for path in x.glob("tokenizer*")]))
     refused("--model", "--model", variant("no config", lambda x: (x / "config.json").unlink()))
 
 
@@ -1300,12 +1361,17 @@ def test_model_files_that_are_damaged_or_missing_get_one_line(refused, toy, tmp_
         refused("--model", "--model", folder)
 
 
-@pytest.mark.parametrize("module, more", [("torch.utils.tensorboard", ["--log_to", "tensorboard"]), ("wandb", ["--log_to", "wandb"]),
-                                          ("peft", ["--lora_rank", 4]), ("bitsandbytes", ["--optim", "adamw8bit"]),
-                                          ("bitsandbytes", ["--load_in_4bit", "--lora_rank", 4])], ids=lambda x: "" if isinstance(x, str) else x[0])
+@pytest.mark.parametrize("module, more", [
+    ("torch.utils.tensorboard", "--log_to tensorboard"), ("wandb", "--log_to wandb"), ("peft", "--lora_rank 4"),
+    ("bitsandbytes", "--optim adamw8bit"), ("bitsandbytes", "--load_in_4bit --lora_rank 4")])
 def test_a_package_that_is_asked_for_and_not_there_gets_one_line(refused, no_model, monkeypatch, module, more):
     monkeypatch.setitem(sys.modules, module, None)
-    refused(f"{more[0]} | {module.split('.')[-1]}", *more)
+    refused(f"{more.split()[0]} | {module.split('.')[-1]}", more)
+
+
+def test_muon_needs_no_other_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert grpo.parse_args(["--model", "x", "--optim", "muon"]).optim == "muon"
 
 
 def test_the_folder_of_another_run_is_refused_and_nothing_in_it_is_lost(refused, no_model, toy, tmp_path, monkeypatch):
