@@ -32,6 +32,7 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
+import huggingface_hub
 import jinja2
 import torch
 import torch.distributed as dist
@@ -83,6 +84,7 @@ def parse_args(argv):
     add = p.add_argument_group("model").add_argument
     add("--model", default="tiny", help="`tiny`, a folder or a hub id")
     add("--chat_template", metavar="FILE", help="Jinja chat template, for a tokenizer that has none")
+    add("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     add("--lora_rank", type=int, default=0, help="LoRA on all linear layers; 0: train the whole model")
     add("--lora_alpha", type=float, default=32, help="the adapter is scaled by alpha / rank")
     add("--load_in_4bit", action="store_true", help="QLoRA: the frozen base in nf4")
@@ -154,7 +156,7 @@ def completion(task, row, style):
         worked, _, answer = row["answer"].rpartition("####")
         reasoning = re.sub("<<.*?>>", "", worked)
     elif task == "math" and "solution" in row:
-        reasoning, answer = row["solution"], rewards.TASKS["math"]["gold"](row)
+        reasoning, answer = row["solution"], rewards.TASKS[task]["gold"](row)
     if not isinstance(reasoning, str) or not isinstance(answer, str):
         raise rewards.DataError(f"{task}: a row without a worked answer: countdown needs `trace` and `trace_answer`, or `solution` "
                                 "(countdown.py writes them), math a `solution` with a box; arc and code have none")
@@ -232,11 +234,19 @@ def tiny_model(tok, seed):
     return model
 
 
-def load_tokenizer(name, chat_template, max_length):
+def load_tokenizer(name, chat_template, max_length, trust=False):
+    if not Path(name).is_dir():  # one look at the hub: without a network transformers would try again for a minute
+        try:
+            huggingface_hub.model_info(name, timeout=10)
+        except Exception as err:
+            huggingface_hub.constants.HF_HUB_OFFLINE = not isinstance(err, huggingface_hub.errors.HfHubHTTPError)
+    if (Path(name) / "adapter_config.json").exists():
+        fail(f"--model {name}: is an adapter; train on from its merged/, which --merge writes")
     try:
-        tok, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name).get_text_config()
+        tok = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust).get_text_config()
     except Exception as err:  # of many kinds, for what is one thing to the user
-        fail(f"--model {name}: no folder of a model, and no hub id within reach ({str(err).splitlines()[0]})")
+        fail(f"--model {name}: no folder of a model, and no hub id within reach ({str(err)[:200]})")
     tok.chat_template = Path(chat_template).read_text() if chat_template else tok.chat_template
     scaled = [k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, k, None) not in (None, 1)]
     if not tok.chat_template:
@@ -248,13 +258,13 @@ def load_tokenizer(name, chat_template, max_length):
     return tok
 
 
-def load_base(name, dtype, device, load_in_4bit=False):
+def load_base(name, dtype, device, load_in_4bit=False, trust=False):
     """The causal language model `name` in `dtype`, or in nf4 with double quantisation."""
     kwargs = dict(device_map={"": device}, quantization_config=transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype)) if load_in_4bit else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust, **kwargs)
     except Exception as err:
         fail(f"--model {name}: cannot be loaded ({str(err).splitlines()[0]})")
     for module in model.modules():  # on a CPU a pass would repack 4-bit weights, after which training and merging break
@@ -429,10 +439,11 @@ def export(folder, args, out, dtype, tok, end):
     shutil.rmtree(tmp, ignore_errors=True)
     shutil.copytree(folder, tmp, ignore=shutil.ignore_patterns("trainer.pt", "manifest.json", "model*.safetensors*"))
     if not args.lora_rank:
-        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(tmp)
+        load_base(folder, dtype, torch.device("cpu"), trust=args.trust_remote_code).save_pretrained(tmp)
     if args.merge:  # into a base loaded afresh; 4 bits are dequantised, as merging into them costs 3 times the error
         import peft
-        base = load_base(args.model, dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.load_in_4bit)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        base = load_base(args.model, dtype, device, args.load_in_4bit, args.trust_remote_code)
         base = base.dequantize() if args.load_in_4bit else base
         merged = set_end(peft.PeftModel.from_pretrained(base, folder).merge_and_unload(), tok, end)
         merged.save_pretrained(tmp / "merged")
@@ -459,7 +470,8 @@ def train(args, argv):
     try:
         rows = [row for source in args.data for row in rewards.load_rows(source, "train")]
         held_out = [row for source in args.eval_data for row in rewards.load_rows(source, args.eval_split)]
-        tok = tiny_tokenizer() if args.model == "tiny" else load_tokenizer(args.model, args.chat_template, args.max_length)
+        tok = tiny_tokenizer() if args.model == "tiny" else load_tokenizer(
+            args.model, args.chat_template, args.max_length, args.trust_remote_code)
         end = end_token(tok)
         rows, held_out = (r and encode(tok, r, args.style, args.max_length, end) for r in (rows, held_out))
     except (rewards.DataError, jinja2.TemplateError) as err:
@@ -470,11 +482,12 @@ def train(args, argv):
     torch.manual_seed(args.seed)
     at = torch.device("cpu") if args.fsdp else device
     if args.lora_rank:
-        model = add_adapter(load_base(args.model, dtype, at, args.load_in_4bit), args.lora_rank, args.lora_alpha, saved)
+        base = load_base(args.model, dtype, at, args.load_in_4bit, args.trust_remote_code)
+        model = add_adapter(base, args.lora_rank, args.lora_alpha, saved)
     elif args.model == "tiny" and not saved:
         model = tiny_model(tok, args.seed).to(at)
     else:
-        model = load_base(saved or args.model, torch.float32, at)
+        model = load_base(saved or args.model, torch.float32, at, trust=args.trust_remote_code)
     set_end(model, tok, end).train()
     if args.activation_checkpointing:
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)({"use_reentrant": False})

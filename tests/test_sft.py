@@ -480,7 +480,7 @@ def test_the_command_line_with_a_flag_file_goes_from_nothing_to_a_tiny_model(toy
     (["--data", "arc=ARC"], "arc: a row without a worked answer"), (["--data", "countdown=BARE"], "or `solution`"),
     (["--data", "countdown=BROKEN"], "line 2"), (["--data", "countdown=NUMBER"], "`trace`"),
     (["--eval_data", "countdown=nowhere.jsonl"], "nowhere.jsonl"), (["--output_dir", "FILE"], "FILE"),
-    (["--model", "NOTEMPLATE"], "--chat_template FILE"), (["--model", "EMPTY"], "EMPTY"), (["--model", "DAMAGED"], "DAMAGED")])
+    (["--model", "NOTEMPLATE"], "--chat_template FILE"), (["--model", "EMPTY"], "EMPTY"), (["--model", "ADAPTER"], "is an adapter"), (["--model", "DAMAGED"], "DAMAGED")])
 def test_a_wrong_command_line_gets_one_line(toy, tmp_path, monkeypatch, capfd, more, words):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
@@ -492,6 +492,7 @@ def test_a_wrong_command_line_gets_one_line(toy, tmp_path, monkeypatch, capfd, m
     (tmp_path / "FILE").write_text("a file")
     (tmp_path / "QUOTE").write_text("--model 'tiny")
     (tmp_path / "EMPTY").mkdir()
+    toys.write(tmp_path / "ADAPTER" / "adapter_config.json", [{}])
     toys.model().save_pretrained("DAMAGED"), toys.tokenizer().save_pretrained("DAMAGED")
     os.truncate("DAMAGED/model.safetensors", 3000)
     toys.model().save_pretrained("NOTEMPLATE"), toys.tokenizer(None).save_pretrained("NOTEMPLATE")
