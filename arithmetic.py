@@ -72,6 +72,7 @@ TERM = r"(?:-?\(+)?-?[0-9]{1,12}(?:\.[0-9]{1,9})?\)*"
 SIDE = rf"{TERM}(?: ?[-+*/] ?{TERM})*"
 EQUATIONS = re.compile(rf"(?<![-+*/^=.()\w\\])(?<![-+*/^=(] ){SIDE}(?: ?= ?{SIDE})+(?![\w(^\\]| ?[-+*/^]|\.[0-9])")
 STEP, OPERAND = re.compile("[0-9)][-+*/]"), re.compile("[0-9.]+")  # of a side that is more than a number
+SPACES = re.compile(r"[ \t]{2,}|\t")
 BULLETS = re.compile("(?m)^ ?[-*\u2022] ")
 TIMES = re.compile("(?<=[0-9]) ?[xX] ?(?=[0-9])")
 GROUPS = re.compile("(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
@@ -79,12 +80,14 @@ GROUPS = re.compile("(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 
 def take(pool, operands, result):
     """The numbers at hand after a step that uses up `operands` and leaves `result`; None where one of them is not at hand."""
-    pool = list(pool)
-    for operand in operands:
-        if operand not in pool:
-            return None
-        pool.remove(operand)
-    return [*pool, result]
+    pool = pool.copy()
+    try:
+        for operand in operands:
+            pool.remove(operand)
+    except ValueError:
+        return None
+    pool.append(result)
+    return pool
 
 
 def share_true(text, nums=None):
@@ -94,9 +97,10 @@ def share_true(text, nums=None):
     results of true equations so far, each used up by the step that takes it. A step may go on from any point reached before, so
     that several tries start afresh. At most 200 equations count.
     """
-    text = "\n".join(line for line in plain_signs(text).replace("$", " ").split("\n") if "=" in line)
-    text = BULLETS.sub("", re.sub(r"[ \t]{2,}|\t", " ", text))
-    text = GROUPS.sub("", TIMES.sub("*", text))
+    text = "\n".join([line for line in plain_signs(text).replace("$", " ").split("\n") if "=" in line])
+    text = BULLETS.sub("", SPACES.sub(" ", text))
+    text = GROUPS.sub("", text) if "," in text else text
+    text = TIMES.sub("*", text) if "x" in text or "X" in text else text
     pools, verdicts = [sorted(nums or ())], {}
     for chain in EQUATIONS.findall(text):
         sides = chain.replace(" ", "").split("=")
@@ -111,7 +115,7 @@ def share_true(text, nums=None):
             verdicts[key] = left is not None and right is not None and left[0] == right[0]
             if verdicts[key] and nums is not None:
                 for side in written:
-                    operands = [Fraction(number) if "." in number else int(number) for number in OPERAND.findall(side)]
+                    operands = list(map(Fraction if "." in side else int, OPERAND.findall(side)))
                     reached = [after for pool in pools if (after := take(pool, operands, abs(left[0])))]
                     verdicts[key] = verdicts[key] and bool(reached)
                 pools += reached[:64 - len(pools)] if verdicts[key] else []

@@ -79,13 +79,16 @@ def answer(text, style="reasoning", strict=True, labels=None):
 
 # ---------------------------------------------------------------------------------------------- countdown
 
+SPACE, DIGITS = re.compile(r"[^\S ]"), re.compile("[0-9]+")  # SPACE: any Unicode space but the plain one
+
+
 def expression(said, row):
     """(value, shortest text, text) of a countdown answer that keeps to the rules, whatever its value; else None."""
-    said = re.sub(r"[^\S ]", " ", arithmetic.plain_signs(said)).strip() if len(said) < 2000 else ""  # any Unicode space is a space
+    said = SPACE.sub(" ", arithmetic.plain_signs(said)).strip() if len(said) < 2000 else ""
     body, equals, result = said.partition("=")
     if not 0 < len(said) <= 200 or "." in body or equals and result.strip() != str(row["target"]):
         return None
-    if sorted(map(int, re.findall("[0-9]+", body))) != sorted(row["nums"]):
+    if sorted(map(int, DIGITS.findall(body))) != sorted(row["nums"]):
         return None
     found = arithmetic.evaluate(body)
     return found and (*found, said)
