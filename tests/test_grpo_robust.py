@@ -213,7 +213,7 @@ def test_a_run_killed_in_the_middle_of_a_save_ends_with_the_same_bits(toy, whole
     assert whole_steps(tmp_path) == [6]
 
 
-@pytest.mark.parametrize("more", [["--lora_rank", 4], ["--dtype", "bfloat16"], ["--optim", "adamw8bit"], ["--inner_epochs", 2],
+@pytest.mark.parametrize("more", [["--lora_rank", 4], ["--dtype", "bfloat16"], ["--optim", "adamw8bit"], ["--optim", "muon"], ["--inner_epochs", 2],
                                   ["--model", "DROPOUT", "--beta", 0]])
 def test_a_resumed_run_ends_with_the_same_bits(toy, tmp_path, more):
     if "DROPOUT" in more:
