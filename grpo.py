@@ -172,7 +172,7 @@ def parse_args(argv=None):
         if wrong:
             fail(message)
     for name, flag in (("peft", a.lora_rank and "--lora_rank"), ("bitsandbytes", a.load_in_4bit and "--load_in_4bit"),
-                       ("bitsandbytes", a.optim != "adamw" and f"--optim {a.optim}"), ("wandb", a.log_to == "wandb" and "--log_to wandb"),
+                       ("bitsandbytes", a.optim == "adamw8bit" and "--optim adamw8bit"), ("wandb", a.log_to == "wandb" and "--log_to wandb"),
                        ("tensorboard", a.log_to == "tensorboard" and "--log_to tensorboard")):
         try:
             flag and importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(name, name))
@@ -536,6 +536,9 @@ def load_tokenizer(args):
     if not tok.chat_template:
         fail(f"--model {args.model}: its tokenizer has no chat template; pass one with --chat_template FILE")
     end_ids(args, tok)
+    scaled = [k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config.get_text_config(), k, None) not in (None, 1)]
+    if scaled:                                                  # the chunked head would leave it out
+        fail(f"--model {args.model}: it scales its logits ({scaled[0]}), which completion_logps does not")
     return tok, getattr(config.get_text_config(), "max_position_embeddings", math.inf)
 
 
