@@ -43,7 +43,7 @@ def toy(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def coins(request, monkeypatch):
+def coins(monkeypatch):
     monkeypatch.setattr(grpo.rewards, "score_batch", coin)
 
 
@@ -163,7 +163,8 @@ def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_bits(toy, whol
             shutil.rmtree(tmp_path / "cut")
 
 
-@pytest.mark.parametrize("moment", ["half the model", "half the trainer", "no manifest", "not renamed", "old ones half gone", "half the lines"])
+@pytest.mark.parametrize("moment", [
+    "half the model", "half the trainer", "no manifest", "not renamed", "old ones half gone", "half the lines"])
 def test_a_run_killed_in_the_middle_of_a_save_ends_with_the_same_bits(toy, whole, tmp_path, moment):
     def die(*_, **__):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -213,8 +214,9 @@ def test_a_run_killed_in_the_middle_of_a_save_ends_with_the_same_bits(toy, whole
     assert whole_steps(tmp_path) == [6]
 
 
-@pytest.mark.parametrize("more", [["--lora_rank", 4], ["--dtype", "bfloat16"], ["--optim", "adamw8bit"], ["--optim", "muon"], ["--inner_epochs", 2],
-                                  ["--model", "DROPOUT", "--beta", 0]])
+@pytest.mark.parametrize("more", [
+    ["--lora_rank", 4], ["--dtype", "bfloat16"], ["--optim", "adamw8bit"], ["--optim", "muon"], ["--inner_epochs", 2],
+    ["--model", "DROPOUT", "--beta", 0]])
 def test_a_resumed_run_ends_with_the_same_bits(toy, tmp_path, more):
     if "DROPOUT" in more:
         toys.model(attention_dropout=0.2).save_pretrained(tmp_path / "dropout")
@@ -230,8 +232,10 @@ def test_a_resumed_run_ends_with_the_same_bits(toy, tmp_path, more):
 
 # ---------------------------------------------------------------- damage and full disks
 @pytest.mark.parametrize("harm", [
-    lambda f: os.truncate(f / "model.safetensors", 5000), lambda f: (f / "trainer.pt").unlink(), lambda f: (f / "manifest.json").write_text("{"),
-    lambda f: (f / "trainer.pt").write_bytes((f / "trainer.pt").read_bytes()[:-1] + b"x"), lambda f: (f / "manifest.json").unlink()])
+    lambda f: os.truncate(f / "model.safetensors", 5000), lambda f: (f / "trainer.pt").unlink(),
+    lambda f: (f / "manifest.json").write_text("{"),
+    lambda f: (f / "trainer.pt").write_bytes((f / "trainer.pt").read_bytes()[:-1] + b"x"),
+    lambda f: (f / "manifest.json").unlink()])
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(toy, whole, tmp_path, capfd, harm):
     shutil.copytree(whole, tmp_path / "x")
     harm(tmp_path / "x/checkpoint-6")
@@ -366,10 +370,10 @@ def test_five_gradients_in_a_row_that_are_not_finite_stop_the_run(toy, tmp_path,
     assert toys.read(tmp_path / "metrics.jsonl")[-1]["step"] == 8 == toys.read(tmp_path / "samples.jsonl")[-1]["step"]
 
 
-@pytest.mark.parametrize("right, words", [(0.0, ["no reward", "dead", "cut off", "KL above 1", "logp_gap"]), (1.0, ["nearly everything", "dead",
-                                          "cut off", "KL above 1", "logp_gap"])])
-def test_a_run_that_goes_wrong_says_so_once(toy, tmp_path, monkeypatch, capfd, right, words):
-    monkeypatch.setattr(grpo.rewards, "score_batch", lambda tasks, texts, rows, **_: [{"correct": right, "format": 0.0, "reward": right} for _ in texts])
+@pytest.mark.parametrize("right, word", [(0.0, "no reward"), (1.0, "nearly everything")])
+def test_a_run_that_goes_wrong_says_so_once(toy, tmp_path, monkeypatch, capfd, right, word):
+    words, parts = [word, "dead", "cut off", "KL above 1", "logp_gap"], {"correct": right, "format": 0.0, "reward": right}
+    monkeypatch.setattr(grpo.rewards, "score_batch", lambda tasks, texts, rows, **_: [parts for _ in texts])
     monkeypatch.setattr(grpo, "update", lambda *_: {"kl": 3.0, "logp_gap": 0.5, "grad_norm": 1.0, "entropy": 1.0, "skipped": 0})
     grpo.main(flags(toy, tmp_path, "--max_new_tokens", 2, "--save_every", 0, "--max_resample", 0, steps=45))
     warned = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
@@ -406,7 +410,7 @@ def test_gradients_that_an_error_left_in_short_weights_are_dropped(toy, tmp_path
         if len(calls) == 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         real(self, p)
-    argv = lambda out, size: flags(toy, tmp_path / out, "--dtype", "bfloat16", "--save_every", 1, "--micro_batch_size", size, "--lr", 1e-5, steps=1)
+    argv = lambda out, size: flags(toy, tmp_path / out, "--dtype", "bfloat16", "--micro_batch_size", size, "--lr", 1e-5, steps=1)
     grpo.main(argv("enough", 8))
     monkeypatch.setattr(grpo.Masters, "take", take)
     grpo.main(argv("little", 16))
@@ -462,7 +466,7 @@ def uneven(rank):
 @pytest.mark.parametrize("world, more", [(2, []), (4, []), (2, ["--fsdp"]), (2, ["--lora_rank", 4])])
 def test_several_processes_do_what_one_does(toy, tmp_path, monkeypatch, world, more):
     monkeypatch.setattr(grpo, "UNEVEN_MEMORY", "--fsdp" not in more, raising=False)
-    argv = lambda out, *extra: flags(toy, tmp_path / out, "--max_resample", 2, *evaluated(toy), "--keep", 9, "--prompts_per_step", 4, *extra)
+    argv = lambda out, *extra: flags(toy, tmp_path / out, *evaluated(toy), "--keep", 9, "--prompts_per_step", 4, *extra)
     grpo.main(argv("one", *[x for x in more if x != "--fsdp"]))
     assert together(world, argv("many", *more), uneven) == [0] * world
     assert far(tmp_path / "one", tmp_path / "many") < 1e-5
@@ -471,7 +475,8 @@ def test_several_processes_do_what_one_does(toy, tmp_path, monkeypatch, world, m
     for a, b in zip(one, many, strict=True):
         assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-5) for k in a)
     a, b = (torch.load(tmp_path / f"{x}/checkpoint-4/trainer.pt")["curriculum"] for x in ("one", "many"))
-    assert a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a) and len(set(a["passed"].tolist())) > 2
+    assert a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
+    assert len(set(a["passed"].tolist())) > 2
     assert toys.read(tmp_path / "one/samples.jsonl") == [
         {**row, "advantage": pytest.approx(row["advantage"])} for row in toys.read(tmp_path / "many/samples.jsonl")]
 
@@ -492,9 +497,9 @@ def stop_at(where, call, who=(0,)):
 
 
 @pytest.mark.parametrize("worlds, more, then, stop", [
-    ((1, 2), [], [], stop_at("train_step", 4)), ((2, 1), [], [], stop_at("generate", 5, [1])), ((2, 2), [], [], stop_at("generate", 5, [0, 1])),
-    ((4, 2), [], ["--fsdp"], stop_at("train_step", 4, [2])), ((2, 1), ["--fsdp"], [], stop_at("train_step", 4)),
-    ((1, 2), [], ["--fsdp"], stop_at("train_step", 1))])
+    ((1, 2), [], [], stop_at("train_step", 4)), ((2, 1), [], [], stop_at("generate", 5, [1])),
+    ((2, 2), [], [], stop_at("generate", 5, [0, 1])), ((4, 2), [], ["--fsdp"], stop_at("train_step", 4, [2])),
+    ((2, 1), ["--fsdp"], [], stop_at("train_step", 4)), ((1, 2), [], ["--fsdp"], stop_at("train_step", 1))])
 def test_a_stopped_run_goes_on_in_another_number_of_processes(toy, whole, tmp_path, capfd, worlds, more, then, stop):
     """All stop together whichever of them gets the signal, between steps, in the middle of sampling, before the first update."""
     argv = flags(toy, tmp_path, *evaluated(toy), "--save_every", 0, steps=6)
@@ -519,7 +524,8 @@ grpo.policy_loss = fall
 grpo.main(sys.argv[1:])
 """
     argv = flags(toy, tmp_path, "--weights", "length=1", "--length_penalty", 1, 10, steps=500)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", sys.executable, "-c", code]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python",
+              sys.executable, "-c", code]
     done = subprocess.run([*launch, *argv], capture_output=True, text=True, timeout=100, env=os.environ | {
         "PYTHONPATH": str(Path(grpo.__file__).parent), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 1 and "RuntimeError: process 1 fell over" in done.stderr, done.stderr
@@ -561,10 +567,12 @@ ROW = json.dumps(toys.COUNTDOWN[0]) + "\n"
 def bad(toy, tmp_path_factory):
     """A folder to stand in, full of things that are wrong."""
     folder = tmp_path_factory.mktemp("bad")
-    texts = {"file": "", "broken.jsonl": ROW + '{"nums": [1,\n', "list.jsonl": "[1]\n", "columns.jsonl": ROW + '{"target": 3}\n', "nothing.jsonl": "",
-             "word.jsonl": '{"nums": "3 4", "target": 7}\n', "null.jsonl": json.dumps({**toys.COUNTDOWN[0], "pass_rate": None}) + "\n",
-             "few.jsonl": ROW, "rated.jsonl": (json.dumps({**toys.COUNTDOWN[0], "pass_rate": 0.9}) + "\n") * 8, "refuses.jinja":
-             "{{ raise_exception('no system turn, please') }}", "broken.jinja": "{% for %}", "quote.txt": "--model 'a\n", "wrong.txt": "--lr 1e-6 x\n"}
+    texts = {"file": "", "broken.jsonl": ROW + '{"nums": [1,\n', "list.jsonl": "[1]\n",
+        "columns.jsonl": ROW + '{"target": 3}\n', "nothing.jsonl": "", "word.jsonl": '{"nums": "3 4", "target": 7}\n',
+        "null.jsonl": json.dumps({**toys.COUNTDOWN[0], "pass_rate": None}) + "\n", "few.jsonl": ROW,
+        "rated.jsonl": (json.dumps({**toys.COUNTDOWN[0], "pass_rate": 0.9}) + "\n") * 8,
+        "refuses.jinja": "{{ raise_exception('no system turn, please') }}", "broken.jinja": "{% for %}",
+        "quote.txt": "--model 'a\n", "wrong.txt": "--lr 1e-6 x\n"}
     for name, text in texts.items():
         (folder / name).write_text(text)
     for name in ("empty", "untemplated", "endless", "quantised", "adapter"):
@@ -576,36 +584,55 @@ def bad(toy, tmp_path_factory):
 
 
 @pytest.mark.parametrize("more, words", [
-    (["--steps", 0], "--steps 0: must be at least 1"), (["--steps", "many"], "invalid int"), (["--steps"], "expected one argument"),
-    (["--prompts_per_step", 0], "at least 1"), (["--group_size", 1], "--group_size 1: a group needs at least 2 completions"),
-    (["--max_new_tokens", 0], "at least 1"), (["--temperature", 0], "--temperature 0.0"), (["--temperature", "nan"], "--temperature nan"),
-    (["--temperature_end", 0], "--temperature_end 0.0"), (["--temperature_end", "inf"], "--temperature_end inf"), (["--max_resample", -1], "at least 0"),
-    (["--curriculum_floor", 0], "above 0 and at most 1"), (["--curriculum_floor", "nan"], "above 0"), (["--curriculum_floor", 2], "at most 1"),
-    (["--sample_batch_size", 0], "at least 1"), (["--clip_low", -0.1], "--clip_low -0.1"), (["--clip_high", "nan"], "--clip_high nan"),
-    (["--beta", -1], "--beta -1.0"), (["--beta", "inf"], "--beta inf"), (["--inner_epochs", 0], "at least 1"), (["--micro_batch_size", 0], "at least 1"),
-    (["--lr", -1e-6], "--lr"), (["--lr", "nan"], "--lr nan"), (["--warmup", -1], "at least 0"), (["--max_grad_norm", -1], "at least 0"),
-    (["--lora_rank", -1], "at least 0"), (["--lora_rank", 4, "--lora_alpha", 0], "--lora_alpha 0"), (["--eval_every", 0], "at least 1"),
-    (["--save_every", -1], "at least 0"), (["--keep", 0], "at least 1"), (["--sample_every", 0], "at least 1"), (["--seed", -1], "at least 0"),
-    (["--seed", 2**40], "--seed"), (["--length_penalty", 5, 5], "START must be below END"), (["--length_penalty", -1, 5], "at least 0"),
-    (["--length_penalty", 5], "expected 2 arguments"), (["--pass_rate", 0.9, 0.1], "in this order"), (["--pass_rate", "nan", 1], "--pass_rate"),
-    (["--pass_rate", 0, 1.5], "between 0 and 1"), (["--weights", "correct=a"], "PART=NUMBER"), (["--weights", "beauty=1"], "parts are correct"),
-    (["--weights", "correct=-1"], "at least 0"), (["--weights", "correct=nan"], "at least 0"), (["--weights", "correct"], "PART=NUMBER"),
-    (["--loss", "ppo"], "invalid choice"), (["--scale", "x"], "invalid choice"), (["--style", "x"], "invalid choice"), (["--dtype", "int8"], "invalid choice"),
-    (["--optim", "sgd"], "invalid choice"), (["--lr_schedule", "x"], "invalid choice"), (["--log_to", "paper"], "invalid choice"), (["--nonsense"], "unrecognized"),
-    (["--load_in_4bit"], "--lora_rank"), (["--merge"], "--lora_rank"), (["--fsdp"], "torchrun"), (["--resume", "--overwrite"], "take one"),
-    (["@nowhere.txt"], "nowhere.txt"), (["@quote.txt"], "No closing quotation"), (["@wrong.txt"], "unrecognized arguments: x"), (["@empty"], "empty"),
-    (["--chat_template", "nowhere.jinja"], "nowhere.jinja: no such file"), (["--chat_template", "refuses.jinja"], "no system turn, please"),
-    (["--chat_template", "broken.jinja"], "--chat_template"), (["--model", "nowhere/at/all/here"], "--model nowhere/at/all/here"),
-    (["--model", "nobody/nothing"], "--model nobody/nothing"), (["--model", "empty"], "--model empty"), (["--model", "untemplated"], "--chat_template FILE"),
-    (["--model", "adapter"], "is an adapter"), (["--model", "file"], "--model file"), (["--data", "chess"], "chess"), (["--data"], "expected at least one"),
-    (["--data", "countdown=nowhere.jsonl"], "nowhere.jsonl"), (["--data", "countdown=broken.jsonl"], "broken.jsonl, line 2, column"), (["--data", "countdown=list.jsonl"], "list.jsonl"),
-    (["--data", "countdown=columns.jsonl"], "column 'nums' is missing"), (["--data", "countdown=nothing.jsonl"], "nothing.jsonl"), (["--data", "countdown=word.jsonl"], "line 1: column 'nums'"),
+    (["--steps", 0], "--steps 0: must be at least 1"), (["--steps", "many"], "invalid int"),
+    (["--steps"], "expected one argument"), (["--prompts_per_step", 0], "at least 1"),
+    (["--group_size", 1], "--group_size 1: a group needs at least 2 completions"),
+    (["--max_new_tokens", 0], "at least 1"), (["--temperature", 0], "--temperature 0.0"),
+    (["--temperature", "nan"], "--temperature nan"), (["--temperature_end", 0], "--temperature_end 0.0"),
+    (["--temperature_end", "inf"], "--temperature_end inf"), (["--max_resample", -1], "at least 0"),
+    (["--curriculum_floor", 0], "above 0 and at most 1"), (["--curriculum_floor", "nan"], "above 0"),
+    (["--curriculum_floor", 2], "at most 1"), (["--sample_batch_size", 0], "at least 1"),
+    (["--clip_low", -0.1], "--clip_low -0.1"), (["--clip_high", "nan"], "--clip_high nan"),
+    (["--beta", -1], "--beta -1.0"), (["--beta", "inf"], "--beta inf"), (["--inner_epochs", 0], "at least 1"),
+    (["--micro_batch_size", 0], "at least 1"), (["--lr", -1e-6], "--lr"), (["--lr", "nan"], "--lr nan"),
+    (["--warmup", -1], "at least 0"), (["--max_grad_norm", -1], "at least 0"), (["--lora_rank", -1], "at least 0"),
+    (["--lora_rank", 4, "--lora_alpha", 0], "--lora_alpha 0"), (["--eval_every", 0], "at least 1"),
+    (["--save_every", -1], "at least 0"), (["--keep", 0], "at least 1"), (["--sample_every", 0], "at least 1"),
+    (["--seed", -1], "at least 0"), (["--seed", 2**40], "--seed"),
+    (["--length_penalty", 5, 5], "START must be below END"), (["--length_penalty", -1, 5], "at least 0"),
+    (["--length_penalty", 5], "expected 2 arguments"), (["--pass_rate", 0.9, 0.1], "in this order"),
+    (["--pass_rate", "nan", 1], "--pass_rate"), (["--pass_rate", 0, 1.5], "between 0 and 1"),
+    (["--weights", "correct=a"], "PART=NUMBER"), (["--weights", "beauty=1"], "parts are correct"),
+    (["--weights", "correct=-1"], "at least 0"), (["--weights", "correct=nan"], "at least 0"),
+    (["--weights", "correct"], "PART=NUMBER"), (["--loss", "ppo"], "invalid choice"),
+    (["--scale", "x"], "invalid choice"), (["--style", "x"], "invalid choice"), (["--dtype", "int8"], "invalid choice"),
+    (["--optim", "sgd"], "invalid choice"), (["--lr_schedule", "x"], "invalid choice"),
+    (["--log_to", "paper"], "invalid choice"), (["--nonsense"], "unrecognized"), (["--load_in_4bit"], "--lora_rank"),
+    (["--merge"], "--lora_rank"), (["--fsdp"], "torchrun"), (["--resume", "--overwrite"], "take one"),
+    (["@nowhere.txt"], "nowhere.txt"), (["@quote.txt"], "No closing quotation"),
+    (["@wrong.txt"], "unrecognized arguments: x"), (["@empty"], "empty"),
+    (["--chat_template", "nowhere.jinja"], "nowhere.jinja: no such file"),
+    (["--chat_template", "refuses.jinja"], "no system turn, please"),
+    (["--chat_template", "broken.jinja"], "--chat_template"),
+    (["--model", "nowhere/at/all/here"], "--model nowhere/at/all/here"),
+    (["--model", "nobody/nothing"], "--model nobody/nothing"), (["--model", "empty"], "--model empty"),
+    (["--model", "untemplated"], "--chat_template FILE"), (["--model", "adapter"], "is an adapter"),
+    (["--model", "file"], "--model file"), (["--data", "chess"], "chess"), (["--data"], "expected at least one"),
+    (["--data", "countdown=nowhere.jsonl"], "nowhere.jsonl"),
+    (["--data", "countdown=broken.jsonl"], "broken.jsonl, line 2, column"),
+    (["--data", "countdown=list.jsonl"], "list.jsonl"),
+    (["--data", "countdown=columns.jsonl"], "column 'nums' is missing"),
+    (["--data", "countdown=nothing.jsonl"], "nothing.jsonl"),
+    (["--data", "countdown=word.jsonl"], "line 1: column 'nums'"),
     (["--data", "countdown=few.jsonl"], "--prompts_per_step 3"), (["--data", "countdown=few.jsonl:0"], "few.jsonl:0"),
-    (["--data", "gsm8k=few.jsonl"], "column 'question' is missing"), (["--eval_data"], "expected at least one"), (["--eval_data", "countdown=nothing.jsonl"], "nothing.jsonl"),
+    (["--data", "gsm8k=few.jsonl"], "column 'question' is missing"), (["--eval_data"], "expected at least one"),
+    (["--eval_data", "countdown=nothing.jsonl"], "nothing.jsonl"),
     (["--eval_data", "countdown=TOY", "--eval_split", "moon"], "moon"), (["--pass_rate", 0.1, 0.9], "no such number"),
-    (["--pass_rate", 0.1, 0.9, "--data", "countdown=null.jsonl"], "no such number"), (["--pass_rate", 0, 0.5, "--data", "countdown=rated.jsonl"], "has 0 prompts"),
-    (["--max_new_tokens", 150], "the model's context of 160"), (["--output_dir", "file"], "file"), (["--output_dir", "file/x"], "file/x"),
-    (["--output_dir", "TOYMODEL"], "--model itself"), (["--resume"], "no whole checkpoint")])
+    (["--pass_rate", 0.1, 0.9, "--data", "countdown=null.jsonl"], "no such number"),
+    (["--pass_rate", 0, 0.5, "--data", "countdown=rated.jsonl"], "has 0 prompts"),
+    (["--max_new_tokens", 150], "the model's context of 160"), (["--output_dir", "file"], "file"),
+    (["--output_dir", "file/x"], "file/x"), (["--output_dir", "TOYMODEL"], "--model itself"),
+    (["--resume"], "no whole checkpoint")])
 def test_a_wrong_command_line_gets_one_line_before_any_model_loads(toy, bad, tmp_path, monkeypatch, capfd, more, words):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     monkeypatch.setattr(grpo.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
