@@ -153,7 +153,8 @@ def parse_args(argv=None):
     a = p.parse_args(argv)
     for name, low in dict(prompts_per_step=1, max_new_tokens=1, temperature=1e-3, temperature_end=1e-3, max_resample=0, clip_low=0,
                           sample_batch_size=1, clip_high=0, beta=0, steps=1, inner_epochs=1, micro_batch_size=1, lr=0, muon_lr=0, warmup=0,
-                          max_grad_norm=0, lora_rank=0, lora_alpha=1e-3, eval_every=1, save_every=0, keep=1, sample_every=1, seed=0).items():
+                          max_grad_norm=0, lora_rank=0, lora_alpha=1e-3, eval_every=1, save_every=0, keep=1, sample_every=1,
+                          seed=0).items():
         if getattr(a, name) is not None and not low <= getattr(a, name) < math.inf:
             fail(f"--{name} {getattr(a, name)}: must be at least {low}")
     for wrong, message in (
@@ -172,7 +173,8 @@ def parse_args(argv=None):
         if wrong:
             fail(message)
     for name, flag in (("peft", a.lora_rank and "--lora_rank"), ("bitsandbytes", a.load_in_4bit and "--load_in_4bit"),
-                       ("bitsandbytes", a.optim == "adamw8bit" and "--optim adamw8bit"), ("wandb", a.log_to == "wandb" and "--log_to wandb"),
+                       ("bitsandbytes", a.optim == "adamw8bit" and "--optim adamw8bit"),
+                       ("wandb", a.log_to == "wandb" and "--log_to wandb"),
                        ("tensorboard", a.log_to == "tensorboard" and "--log_to tensorboard")):
         try:
             flag and importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(name, name))
@@ -531,12 +533,14 @@ def load_tokenizer(args):
             fail(f"--model {args.model} is an adapter: train on from its merged model (sft.py --merge writes it)")
         if "trust_remote_code" in str(err):
             fail(f"--model {args.model} comes with code of its own: read it, then pass --trust_remote_code to run it")
-        fail(f"--model {args.model}: neither a folder with a model nor a hub id that can be reached now ({' '.join(str(err).split())[:200]})")
+        fail(f"--model {args.model}: neither a folder with a model nor a hub id that can be reached now "
+             f"({' '.join(str(err).split())[:200]})")
     tok.chat_template = Path(args.chat_template).read_text() if args.chat_template else tok.chat_template
     if not tok.chat_template:
         fail(f"--model {args.model}: its tokenizer has no chat template; pass one with --chat_template FILE")
     end_ids(args, tok)
-    scaled = [k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config.get_text_config(), k, None) not in (None, 1)]
+    scaled = [k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling")
+              if getattr(config.get_text_config(), k, None) not in (None, 1)]
     if scaled:                                                  # the chunked head would leave it out
         fail(f"--model {args.model}: it scales its logits ({scaled[0]}), which completion_logps does not")
     return tok, getattr(config.get_text_config(), "max_position_embeddings", math.inf)
@@ -606,7 +610,8 @@ def build(args, tokenizer, data, eval_data):
     model.eval()
     refresh(sampler, model)
     return types.SimpleNamespace(
-        args=args, tokenizer=tokenizer, eos_ids=end_ids(args, tokenizer), data=data, eval_data=eval_data, device=device, model=model, logps=lm.logps,
+        args=args, tokenizer=tokenizer, eos_ids=end_ids(args, tokenizer), data=data, eval_data=eval_data, device=device,
+        model=model, logps=lm.logps,
         reference=reference, sampler=sampler, masters=masters, optimizers=optimizers, check=lambda: None,
         curriculum=Curriculum(len(data), args.group_size, args.seed, args.curriculum_floor))
 
@@ -710,7 +715,8 @@ def save_checkpoint(run, step):
     disk; only then do older ones go."""
     folder = Path(run.args.output_dir) / f"checkpoint-{step}"
     tmp = folder.with_name(f"tmp-{folder.name}")
-    state = tree_map(full, {"optimizers": [optimizer.state_dict() for optimizer in run.optimizers], "masters": [p.detach() for p in run.masters.parameters],
+    state = tree_map(full, {"optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+                            "masters": [p.detach() for p in run.masters.parameters],
                             "curriculum": vars(run.curriculum)})
     if RANK or folder.exists():
         return
