@@ -28,7 +28,7 @@ p.add_argument("--max_new_tokens", type=int, default=160, help="tokens of a comp
 p.add_argument("--mean_length", type=float, default=40, help="of the made model's completions, were there no limit")
 p.add_argument("--threads", type=int, default=2, help="of the CPU")
 a = p.parse_args()
-os.environ["OMP_NUM_THREADS"] = str(a.threads)
+os.environ |= {"OMP_NUM_THREADS": str(a.threads), "OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin stall a shared machine
 
 import torch  # noqa: E402
 
