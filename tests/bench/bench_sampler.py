@@ -94,9 +94,11 @@ for seed in range(a.rounds + 1):
         if seed:
             rates[name].append(sum(found) / took)
             lengths[name] += found
-print(f"{sum(x.numel() for x in model.parameters()) / 1e6:.1f} M parameters, {str(model.dtype)[6:]}, {a.threads} threads; {a.prompts} prompts x "
+size = sum(x.numel() for x in model.parameters()) / 1e6
+print(f"{size:.1f} M parameters, {str(model.dtype)[6:]}, {a.threads} threads; {a.prompts} prompts x "
       f"{a.group_size}, at most {a.max_new_tokens} tokens; {a.rounds} alternating rounds")
 for name, rate in rates.items():
     print(f"{name:9}  median {statistics.median(rate):,.0f} useful tokens/s  ({min(rate):,.0f} to {max(rate):,.0f}), mean completion "
-          f"{statistics.mean(lengths[name]):.1f} tokens, {sum(n == a.max_new_tokens for n in lengths[name]) / len(lengths[name]):.1%} at the limit")
+          f"{statistics.mean(lengths[name]):.1f} tokens, "
+          f"{sum(n == a.max_new_tokens for n in lengths[name]) / len(lengths[name]):.1%} at the limit")
 print(f"ratio      {statistics.median(rates['grpo.py']) / statistics.median(rates['generate']):.2f}")

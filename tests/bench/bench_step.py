@@ -124,7 +124,8 @@ with contextlib.redirect_stdout(io.StringIO()):
     trainer.train()
 lengths = alternate.lengths, [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row]
 mine, theirs = alternate.mine[2:], alternate.theirs[2:]
-print(f"{sum(x.numel() for x in run.model.parameters()) / 1e6:.1f} M parameters, fp32, {a.threads} threads; {a.prompts} prompts x {a.group_size}, "
+size = sum(x.numel() for x in run.model.parameters()) / 1e6
+print(f"{size:.1f} M parameters, fp32, {a.threads} threads; {a.prompts} prompts x {a.group_size}, "
       f"at most {a.max_new_tokens} tokens; {len(mine)} alternating steps")
 for name, seconds, length in (("grpo.py", mine, lengths[0]), (f"TRL {trl.__version__}", theirs, lengths[1])):
     print(f"{name:10}  median {statistics.median(seconds):.3f} s a step  ({min(seconds):.3f} to {max(seconds):.3f}), "
