@@ -35,6 +35,7 @@ from pathlib import Path
 from statistics import fmean as mean
 
 import jinja2
+import huggingface_hub
 import numpy as np
 import torch
 import transformers
@@ -138,6 +139,11 @@ def open_checkpoint(name, args, rows=(), shots={}):
     elif os.path.isdir(name) and not os.path.exists(f"{name}/config.json"):
         inner = ", ".join(sorted(path.parent.name for path in Path(name).glob("*/*config.json"))) or "nothing"
         fail(f"--model {name}: holds no config.json or adapter_config.json; of the folders in it {inner} does")
+    if not os.path.isdir(weights):  # without a network look in the cache, and do not try again for a minute
+        try:
+            huggingface_hub.model_info(weights, timeout=10)
+        except Exception as e:
+            huggingface_hub.constants.HF_HUB_OFFLINE = not isinstance(e, huggingface_hub.errors.HfHubHTTPError)
     try:
         config = transformers.AutoConfig.from_pretrained(weights, **code)
         own = os.path.exists(f"{name}/tokenizer_config.json")
