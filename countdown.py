@@ -22,9 +22,8 @@ The generator:
  5. Let the teacher play. It writes lines of running results, each with its verdict, until one hits:
         5+3=8 8*2=16 no
         5*2=10 10+3=13 ok
-    It is impatient: it stops after a miss with chance --give_up, or at --max_lines, and answers with its last line.
-    Its lines are random but for a share --aim, drawn among those that hit. A model that starts from such traces knows the
-    form, and RL has aim and persistence to teach.
+    A share --aim of its lines is drawn among those that hit, the rest at random. It stops after a miss with chance --give_up,
+    or at --max_lines, and answers with its last line. What RL has left to teach is aim and persistence.
 
 Files in --out: train.jsonl, test.jsonl, val.jsonl (with --val), rows of {nums, target, solution, difficulty, trace,
 trace_answer}; sft.jsonl: the train rows --traces times, each with its own trace. Same flags, same bytes on any machine.
@@ -298,8 +297,7 @@ def teach(nums, target, rand, max_lines, give_up, aim, max_value):
     """Step 5: the trace and its answer, the last line's expression, right or wrong. No line comes twice."""
     lines, max_value = {}, max(max_value, *nums)  # line -> (verdict, expression), in the order of play
     for _ in range(50 * max_lines):  # few numbers give few lines: a bound, lest we wait for one that is not there
-        tries = 200 if aim and rand() < aim else 1  # enough to hit with 3 numbers, nearly always
-        for _ in range(tries):
+        for _ in range(200 if aim and rand() < aim else 1):  # 200: enough to hit with 3 numbers, nearly always
             line, value, expression = play(nums, rand, max_value)
             if value == target:
                 break
