@@ -366,7 +366,7 @@ def main(argv=None):
     if folder.is_file():
         fail(f"--out {folder}: is a file, not a folder")
     problems = {split: [] for split in wanted}
-    with tqdm(total=sum(wanted.values()), desc="problems", unit="", delay=2) as bar:
+    with tqdm(total=sum(wanted.values()), desc="problems", unit="", delay=2, disable=None) as bar:
         for done, k in enumerate(args.numbers):  # the smallest space first: what it cannot give, the next ones do
             share = {split: -(-(n - len(problems[split])) // (len(args.numbers) - done)) for split, n in wanted.items()}
             for split, made in draw(k, {s: n for s, n in share.items() if n}, args, rng, bar).items():
@@ -378,7 +378,7 @@ def main(argv=None):
     def taught(some, name, times=1):
         return [{**row, **teach(row["nums"], row["target"], rng.random, args.max_lines, args.give_up, args.aim,
                                 args.max_value)}
-                for row in tqdm(some, desc=f"traces of {name}", delay=2) for _ in range(times)]
+                for row in tqdm(some, desc=f"traces of {name}", delay=2, disable=None) for _ in range(times)]
 
     for some in problems.values():
         rng.shuffle(some)

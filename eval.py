@@ -43,6 +43,8 @@ from tqdm import tqdm
 
 import rewards
 
+transformers.utils.logging.disable_progress_bar()
+
 REPORT = [sys.executable, str(Path(__file__).with_name("report.py"))]        # tables, pictures, pages: none needs a model
 
 def fail(message):
