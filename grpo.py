@@ -22,75 +22,37 @@ whose kernels differ), and dead groups are replaced.
     python grpo.py @recipes/tiny/grpo.txt                           # minutes on two CPU cores
     torchrun --nproc_per_node 8 grpo.py --model ... --data gsm8k    # eight GPUs
 """
-import argparse
 import contextlib
-import hashlib
-import importlib
-import json
 import math
-import os
 import resource
-import shlex
-import shutil
-import signal
 import subprocess
 import sys
 import time
 import types
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
-import huggingface_hub
-import jinja2
 import numpy as np
 import torch
-import torch.distributed as dist
-import transformers
-from safetensors import SafetensorError
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import rewards
+from models import Optimizer, base_lm, completion_logps, load_lm, load_policy, load_tokenizer, prepare, prompt_ids, refresh
+from runs import (BAD_STEPS, RANK, WORLD, Flags, Stop, add_training_flags, append, check_flags, check_training_flags, fail,
+                  find_checkpoint, gather, largest, learning_rate, leave, logger, move_in, note, one_line, open_folder, passes,
+                  read_state, save_checkpoint, start_processes)
+from sampler import Sampler, generate, uniforms
 
-HEAD_LOGITS = 2 ** 26                                           # that exist at a time: 256 MB in fp32
-BAD_STEPS = 5                                                   # gradients in a row that are not finite, then the run stops
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))              # torchrun's
-transformers.utils.logging.disable_progress_bar()
-
-
-def fail(message):
-    """One line on stderr and exit code 2: what a wrong flag, file or model gets."""
-    print(f"grpo.py: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
-def note(message):
-    if RANK == 0:
-        tqdm.write(message, file=sys.stderr)
+FREE = {"resume", "overwrite", "output_dir", "save_every", "keep", "sample_every", "log_to", "micro_batch_size", "sample_batch_size",
+        "fsdp", "activation_checkpointing", "merge", "offload_reference", "sampler"}    # what a resumed run may change: not what it learns
 
 
 # ------------------------------------------------------------------------------------------- options
-class Flags(argparse.ArgumentParser):
-    def convert_arg_line_to_args(self, line):                   # of an @file: flags as in a shell, # comments
-        try:
-            return shlex.split(line, comments=True)
-        except ValueError as err:
-            fail(f"{line}: {err}")
-
-    def error(self, message):
-        fail(message)
-
-
 def parse_args(argv=None):
-    p = Flags("grpo.py", description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@",
-              formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = p.add_argument_group("task").add_argument
+    p = Flags("grpo.py", __doc__)
+    add = p.group("task")
     add("--model", required=True, help="checkpoint folder or hub id")
     add("--data", nargs="+", default=["countdown"], metavar="SOURCE", help="prompts, as TASK[=PATH][:N]; several are mixed")
     add("--pass_rate", nargs=2, type=float, default=[0.0, 1.0], metavar=("LOW", "HIGH"),
@@ -100,7 +62,11 @@ def parse_args(argv=None):
         help=f"of the reward's parts ({', '.join(rewards.WEIGHTS)}); those not named weigh 0")
     add("--length_penalty", nargs=2, type=int, default=[500, 800], metavar=("START", "END"),
         help="tokens over which the length part falls from 0 to -1")
-    add = p.add_argument_group("sampling").add_argument
+    add("--eval_data", nargs="+", default=[], metavar="SOURCE", help="held-out rows, answered greedily")
+    add("--eval_split", default="test", help="of --eval_data")
+    add("--eval_every", type=int, default=50, help="steps between evaluations")
+    add("--sample_every", type=int, default=10, help="steps between whole completions in samples.jsonl")
+    add = p.group("sampling")
     add("--prompts_per_step", type=int, default=32, help="groups a step, over all processes")
     add("--group_size", type=int, default=8, help="completions a prompt")
     add("--max_new_tokens", type=int, default=1024, help="tokens of a completion at most")
@@ -110,76 +76,28 @@ def parse_args(argv=None):
     add("--curriculum_floor", type=float, default=0.1, help="how often a prompt that is always or never solved comes, against "
         "one that is solved half the time; 1: all alike")
     add("--sample_batch_size", type=int, default=512, help="completions sampled at once: memory only")
-    add = p.add_argument_group("loss").add_argument
+    add("--sampler", choices=["auto", "plain"], default="auto",
+        help="auto: steps of fixed shape, on a GPU in captured graphs; plain: the simple loop")
+    add = p.group("loss")
     add("--loss", choices=["grpo", "dr_grpo", "dapo", "cispo", "gspo"], default="dapo", help="see policy_loss")
     add("--scale", choices=["group", "batch", "none"], default="group", help="the std that divides an advantage")
     add("--clip_low", type=float, default=0.2, help="the ratio is clipped below 1 - this")
     add("--clip_high", type=float, default=0.2, help="the ratio is clipped above 1 + this (0.28: clip-higher)")
     add("--beta", type=float, default=0.001, help="weight of the KL to the model at the start; 0: no reference in memory either")
+    add("--offload_reference", action="store_true", help="keep the reference in CPU memory but for its one pass a step")
     add("--mask_truncated", action="store_true", help="do not train on completions cut off at --max_new_tokens")
-    add = p.add_argument_group("optimisation").add_argument
     add("--steps", type=int, default=500, help="of sampling and update")
     add("--inner_epochs", type=int, default=1, help="updates a step, over the same rollouts")
-    add("--micro_batch_size", type=int, default=8, help="completions a pass: speed and memory only")
-    add("--lr", type=float, default=1e-6, help="peak learning rate; 1e-6 suits whole models, 1e-5 LoRA")
-    add("--warmup", type=int, default=10, help="steps of linear warm-up")
-    add("--lr_schedule", choices=["constant", "linear", "cosine"], default="constant", help="after the warm-up")
-    add("--max_grad_norm", type=float, default=1.0, help="clips the gradient to this norm; 0: never")
-    add("--optim", choices=["adamw", "adamw8bit", "muon"], default="adamw",
-        help="8-bit states take 2 bytes a parameter, not 8; muon: for the layers' matrices, the rest by adamw")
-    add("--muon_lr", type=float, default=1e-3, help="peak learning rate of Muon's matrices")
-    add = p.add_argument_group("model and memory").add_argument
-    add("--lora_rank", type=int, default=0, help="LoRA on all linear layers; 0: train the whole model")
-    add("--lora_alpha", type=float, default=32, help="the adapter is scaled by alpha / rank")
-    add("--load_in_4bit", action="store_true", help="QLoRA: the frozen base in nf4")
-    add("--activation_checkpointing", action="store_true", help="less memory, about a third slower")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of compute; auto: bfloat16 on a GPU, else float32")
-    add("--fsdp", action="store_true", help="shard the whole model's training over torchrun's processes")
-    add("--chat_template", metavar="FILE", help="Jinja, for a tokenizer that has none")
-    add("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    add = p.add_argument_group("evaluation, files and logs").add_argument
-    add("--eval_data", nargs="+", default=[], metavar="SOURCE", help="held-out rows, answered greedily")
-    add("--eval_split", default="test", help="of --eval_data")
-    add("--eval_every", type=int, default=50, help="steps between evaluations")
-    add("--output_dir", default="runs/grpo", help="final model, checkpoint-<step>/, metrics.jsonl, samples.jsonl, args.json")
-    add("--save_every", type=int, default=50, help="steps between checkpoints; 0: only when stopped")
-    add("--keep", type=int, default=2, help="checkpoints that stay")
-    add("--merge", action="store_true", help="with --lora_rank: also write merged/, the base with the adapter in it")
-    add("--sample_every", type=int, default=10, help="steps between whole completions in samples.jsonl")
-    add("--log_to", choices=["tensorboard", "wandb"], help="besides metrics.jsonl")
-    add("--resume", action="store_true", help="go on from the newest whole checkpoint in --output_dir")
-    add("--overwrite", action="store_true", help="drop the run that is in --output_dir")
-    add("--seed", type=int, default=0, help="of data order and sampling")
+    add_training_flags(p, lr=1e-6, warmup=10, lr_schedule="constant", muon_lr=1e-3, save_every=50)
     a = p.parse_args(argv)
-    for name, low in dict(prompts_per_step=1, max_new_tokens=1, temperature=1e-3, temperature_end=1e-3, max_resample=0, clip_low=0,
-                          sample_batch_size=1, clip_high=0, beta=0, steps=1, inner_epochs=1, micro_batch_size=1, lr=0, muon_lr=0, warmup=0,
-                          max_grad_norm=0, lora_rank=0, lora_alpha=1e-3, eval_every=1, save_every=0, keep=1, sample_every=1,
-                          seed=0).items():
-        if getattr(a, name) is not None and not low <= getattr(a, name) < math.inf:
-            fail(f"--{name} {getattr(a, name)}: must be at least {low}")
-    for wrong, message in (
-            (a.group_size < 2, f"--group_size {a.group_size}: a group needs at least 2 completions"),
-            (not 0 < a.curriculum_floor <= 1, f"--curriculum_floor {a.curriculum_floor}: must be above 0 and at most 1"),
-            (not 0 <= a.length_penalty[0] < a.length_penalty[1], "--length_penalty: START must be below END, and at least 0"),
-            (not 0 <= a.pass_rate[0] <= a.pass_rate[1] <= 1, "--pass_rate: LOW and HIGH must be between 0 and 1, in this order"),
-            (a.chat_template and not Path(a.chat_template).is_file(), f"--chat_template {a.chat_template}: no such file"),
-            (a.load_in_4bit and not a.lora_rank, "--load_in_4bit: 4-bit weights do not train; add --lora_rank 32"),
-            (a.seed >= 2 ** 32, f"--seed {a.seed}: must be below 2 ** 32"),
-            (Path(a.model).resolve() == Path(a.output_dir).resolve(), f"--output_dir {a.output_dir}: is --model itself; take another"),
-            (a.merge and not a.lora_rank, "--merge: there is an adapter to merge only with --lora_rank"),
-            (a.fsdp and WORLD == 1, "--fsdp: start with torchrun --nproc_per_node=N grpo.py ..."),
-            (a.fsdp and (a.lora_rank or a.optim != "adamw"), "--fsdp: goes with whole models and --optim adamw"),
-            (a.resume and a.overwrite, "--resume goes on with a run and --overwrite drops it: take one")):
-        if wrong:
-            fail(message)
-    for name, flag in (("peft", a.lora_rank and "--lora_rank"), ("bitsandbytes", a.load_in_4bit and "--load_in_4bit"),
-                       ("bitsandbytes", a.optim == "adamw8bit" and "--optim adamw8bit"),
-                       ("wandb", a.log_to == "wandb" and "--log_to wandb"),
-                       ("tensorboard", a.log_to == "tensorboard" and "--log_to tensorboard")):
-        try:
-            flag and importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(name, name))
-        except ImportError:
-            fail(f"{flag} needs a package that is not there: pip install {name}")
+    check_training_flags(a)
+    check_flags(a, dict(prompts_per_step=1, max_new_tokens=1, temperature=1e-3, temperature_end=1e-3, max_resample=0, clip_low=0,
+                        clip_high=0, sample_batch_size=1, beta=0, steps=1, inner_epochs=1, eval_every=1, sample_every=1), (
+        (a.group_size < 2, f"--group_size {a.group_size}: a group needs at least 2 completions"),
+        (not 0 < a.curriculum_floor <= 1, f"--curriculum_floor {a.curriculum_floor}: must be above 0 and at most 1"),
+        (not 0 <= a.length_penalty[0] < a.length_penalty[1], "--length_penalty: START must be below END, and at least 0"),
+        (not 0 <= a.pass_rate[0] <= a.pass_rate[1] <= 1, "--pass_rate: LOW and HIGH must be between 0 and 1, in this order"),
+        (a.offload_reference and (a.lora_rank or not a.beta), "--offload_reference: only --beta with a whole model loads a reference")))
     try:
         given = {part: float(value) for part, _, value in (text.partition("=") for text in a.weights)}
     except ValueError:
@@ -190,7 +108,7 @@ def parse_args(argv=None):
     return a
 
 
-# ------------------------------------------------------------------------------------------- pure functions
+# ------------------------------------------------------------------------------------------- 4., 6. pure functions
 def advantages(rewards, group_size, scale="group"):
     """[N] rewards, the G of a group side by side -> [N] advantages: r - mean(group), over a standard deviation (GRPO,
     arXiv 2402.03300, section 4.1.2). scale: `group` (the paper), `batch` (one std for all, arXiv 2508.08221), `none`
@@ -242,37 +160,6 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, *, loss="dapo", clip_low=0.
     return total, {name: value.detach() for name, value in parts.items()}
 
 
-def completion_logps(lm, ids, prompt_lengths, mask, temperature, chunk=HEAD_LOGITS):
-    """[n, T] log-probabilities of the completions in ids, at `temperature`, and [n, T] entropies (no gradient).
-
-    ids [n, L]: prompt + completion, right-padded (causal attention then needs no mask); prompt_lengths [n]; mask [n, T].
-    The head sees only completion positions, a few at a time, so that `chunk` logits exist at once; the backward pass
-    computes them again."""
-    def head(h, t):
-        logps = (lm.get_output_embeddings()(h).float() / temperature).log_softmax(-1)              # fp32: bf16 ratios are noise
-        with torch.no_grad():
-            entropy = -(logps.exp() * logps).sum(-1)
-        return logps.gather(1, t[:, None]).squeeze(1), entropy
-
-    hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state                       # [n, L, H]
-    place = (prompt_lengths[:, None] + torch.arange(mask.shape[1], device=ids.device)).clamp(max=ids.shape[1] - 1)    # [n, T]
-    on, row = mask.bool(), torch.arange(len(ids), device=ids.device)[:, None]
-    targets, hidden = ids[row, place][on], hidden[row, place - 1][on]                              # [M], [M, H]
-    size = max(1, chunk // lm.config.vocab_size)
-    whole = len(targets) <= size or not torch.is_grad_enabled()
-    pieces = [head(h, t) if whole else checkpoint(head, h, t, use_reentrant=False)
-              for h, t in zip(hidden.split(size), targets.split(size))]
-    return tuple(torch.zeros_like(mask).masked_scatter(on, torch.cat(x)) for x in zip(*pieces))
-
-
-def learning_rate(step, args):
-    """Of step 1, 2, ...: linear warm-up over --warmup steps, then --lr_schedule, which would reach 0 one step after the last."""
-    if step <= args.warmup:
-        return args.lr * step / args.warmup
-    progress = (step - 1 - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr * {"constant": 1, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[args.lr_schedule]
-
-
 # ------------------------------------------------------------------------------------------- 1. prompts
 class Curriculum:
     """Which prompt comes next. Each has a due time, counted in groups drawn so far, and those due first are drawn.
@@ -308,67 +195,6 @@ class Curriculum:
         self.drawn += 1
 
 
-# ------------------------------------------------------------------------------------------- 2. sampling
-def uniforms(seed, step, rows, n):
-    """[len(rows), n] numbers in [0, 1): the noise of a row depends on (seed, step, row) alone, not on its company."""
-    streams = (np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, step, row])) for row in rows)
-    return torch.from_numpy(np.stack([stream.random(n, dtype=np.float32) for stream in streams]))
-
-
-def pick(logits, temperature, u):
-    """logits [n, V], u [n] uniform or None (greedy) -> ids [n] and their log-probabilities [n] at `temperature`."""
-    logps = (logits.float() / temperature).log_softmax(-1)
-    if u is None:
-        ids = logps.argmax(-1)
-    else:                                                       # inverse CDF: the first id whose cumulated mass exceeds u
-        mass = logps.exp().cumsum(-1)
-        ids = torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-    return ids, logps.gather(1, ids[:, None]).squeeze(1)
-
-
-@torch.inference_mode()
-def generate(model, prompts, noise, *, max_new_tokens, temperature, eos_ids, pad_id, group_size=1, check=lambda: None):
-    """P prompts (lists of ids), each prefilled once and forked for its group -> P * G completions (lists of ids that
-    end with the end token, unless cut off at max_new_tokens) and the log-probability of each of their tokens.
-    noise [P * G, max_new_tokens] from `uniforms`, or None for greedy. Finished rows leave the batch."""
-    assert not model.training, "sampling in training mode with activation checkpointing drops the cache without a word"
-    device, width = model.device, max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)             # left-padded [P, W]
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    padded = bool((mask == 0).any())
-    out = model(input_ids=ids, attention_mask=mask if padded else None, use_cache=True, logits_to_keep=1,
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0))
-    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(group_size, 0)           # [n, V]
-    cache.batch_repeat_interleave(group_size)
-    mask = mask.repeat_interleave(group_size, 0)
-    position = mask.sum(1)                                                                            # [n] of the next token
-    n = len(mask)
-    rows, done = torch.arange(n, device=device), torch.zeros(n, dtype=torch.bool, device=device)      # rows still in the batch
-    tokens, length = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device), torch.full((n,), max_new_tokens, device=device)
-    logps = torch.zeros(n, max_new_tokens, device=device)
-    stop, noise = torch.tensor(sorted(eos_ids), device=device), None if noise is None else noise.to(device)
-    for t in range(max_new_tokens):
-        check()
-        token, logp = pick(logits, temperature, None if noise is None else noise[rows, t])
-        tokens[rows, t], logps[rows, t] = token, logp
-        ended = torch.isin(token, stop) & ~done
-        length[rows[ended]] = t + 1
-        done = done | ended
-        alive = len(done) - int(done.sum())
-        if not alive or t + 1 == max_new_tokens:
-            break
-        if alive <= 0.9 * len(done):
-            keep = (~done).nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            rows, done, token, mask, position = rows[keep], done[keep], token[keep], mask[keep], position[keep]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        out = model(input_ids=token[:, None], attention_mask=mask if padded else None, position_ids=position[:, None],
-                    past_key_values=cache, use_cache=True)
-        logits, position = out.logits[:, -1], position + 1
-    length = length.tolist()
-    return [row[:k] for row, k in zip(tokens.tolist(), length)], [row[:k] for row, k in zip(logps.cpu(), length)]
-
-
 # ------------------------------------------------------------------------------------------- 1-4. rollouts
 @dataclass
 class Rollout:
@@ -381,14 +207,6 @@ class Rollout:
     text: str
     parts: dict                     # of its reward
     advantage: float = 0.0
-
-
-def gather(x):
-    """[x of process 0, x of process 1, ...], the same list in all of them."""
-    shares = [x] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(shares, x)
-    return shares
 
 
 def rollout(run, data, indices, step, temperature, first_row=0):
@@ -415,7 +233,7 @@ def rollout_share(run, data, indices, step, temperature, first_row):
         places = [first_row + slot * size + g for slot in part for g in range(size)]
         noise = uniforms(args.seed, step, places, args.max_new_tokens) if temperature else None
         try:
-            ids, logps = generate(run.sampler, [row["prompt_ids"] for row in rows], noise, group_size=size, check=run.check,
+            ids, logps = run.generate([row["prompt_ids"] for row in rows], noise, group_size=size, check=run.stop.check,
                                   max_new_tokens=args.max_new_tokens, temperature=temperature or 1.0, eos_ids=run.eos_ids,
                                   pad_id=run.tokenizer.pad_token_id or 0)                                                  # 2
         except torch.OutOfMemoryError:
@@ -461,159 +279,41 @@ def dead(group):
 
 
 # ------------------------------------------------------------------------------------------- the policy
-def base_lm(model):
-    """The transformers model inside a peft model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-@torch.no_grad()
-def refresh(sampler, model):
-    """Copies the weights of the plain model that `model` amounts to into `sampler`, in place: 4-bit weights dequantised, sharded
-    ones gathered, B A scaling of an adapter added in fp32 to its base, which stays pristine. A policy that is one whole plain
-    model samples for itself."""
-    if sampler is model:
-        return
-    lm, target = base_lm(model), dict(sampler.named_parameters())
-    for name, w in lm.named_parameters():
-        layer, adapted, leaf = name.partition(".base_layer.")
-        if ".lora_" in name:
-            continue
-        if getattr(w, "quant_state", None) is not None:
-            import bitsandbytes
-            w = bitsandbytes.functional.dequantize_4bit(w, w.quant_state)
-        if adapted and leaf == "weight":
-            lora = lm.get_submodule(layer)
-            w = w.float() + lora.scaling["default"] * (lora.lora_B["default"].weight.float() @ lora.lora_A["default"].weight.float())
-        target[name.replace(".base_layer.", ".")].copy_(full(w))
-
-
-def full(x):
-    """A sharded tensor gathered; all processes must ask."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-class Masters:
-    """fp32 copies of trained parameters in a shorter type, for the optimiser: an update of 5e-7 would round to nothing in bf16.
-    Gradients are added up in fp32 as they arrive. A parameter in fp32 is its own master."""
-
-    def __init__(self, parameters):
-        self.short = {p: torch.nn.Parameter(p.detach().float()) for p in parameters if p.dtype != torch.float32}
-        self.parameters = [self.short.get(p, p) for p in parameters]
-        for p in self.short:
-            p.register_post_accumulate_grad_hook(self.take)
-
-    def take(self, p):
-        master = self.short[p]
-        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-        p.grad = None
-
-    def zero_grad(self):
-        for p in (*self.short, *self.parameters):
-            p.grad = None
-
-    @torch.no_grad()
-    def write_back(self):
-        for p, master in self.short.items():
-            p.copy_(master)
-
-
-def load_tokenizer(args):
-    if not Path(args.model).is_dir():
-        try:
-            huggingface_hub.model_info(args.model, timeout=10)
-        except huggingface_hub.errors.HfHubHTTPError:           # an answer, which from_pretrained will explain
-            pass
-        except Exception:                                       # no network: the cache, without a minute of trying again
-            huggingface_hub.constants.HF_HUB_OFFLINE = True
-    try:
-        tok = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-        config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    except Exception as err:                                    # any of a dozen kinds, for what is one thing to the user
-        if (Path(args.model) / "adapter_config.json").exists():
-            fail(f"--model {args.model} is an adapter: train on from its merged model (sft.py --merge writes it)")
-        if "trust_remote_code" in str(err):
-            fail(f"--model {args.model} comes with code of its own: read it, then pass --trust_remote_code to run it")
-        fail(f"--model {args.model}: neither a folder with a model nor a hub id that can be reached now "
-             f"({' '.join(str(err).split())[:200]})")
-    tok.chat_template = Path(args.chat_template).read_text() if args.chat_template else tok.chat_template
-    if not tok.chat_template:
-        fail(f"--model {args.model}: its tokenizer has no chat template; pass one with --chat_template FILE")
-    end_ids(args, tok)
-    scaled = [k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling")
-              if getattr(config.get_text_config(), k, None) not in (None, 1)]
-    if scaled:                                                  # the chunked head would leave it out
-        fail(f"--model {args.model}: it scales its logits ({scaled[0]}), which completion_logps does not")
-    return tok, getattr(config.get_text_config(), "max_position_embeddings", math.inf)
-
-
-def end_ids(args, tokenizer):
-    """Every id that ends a completion: models have several."""
-    try:
-        ends = GenerationConfig.from_pretrained(args.model).eos_token_id
-    except OSError:                                             # no such file: transformers would make it of the config
-        ends = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code).get_text_config().eos_token_id
-    ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    return ids or fail(f"--model {args.model}: neither its tokenizer nor its generation config names an end token")
-
-
-def load_lm(args, device, dtype, load_in_4bit=False):
-    kwargs = dict(device_map={"": device}, quantization_config=transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype)) if load_in_4bit else {}
-    try:
-        lm = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, trust_remote_code=args.trust_remote_code, **kwargs)
-    except Exception as err:
-        fail(f"--model {args.model}: {' '.join(str(err).split())[:200]}")
-    for module in lm.modules():                                 # on CPU a first pass would repack 4-bit weights, and break them
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return lm.to(device).eval()
-
-
-def build(args, tokenizer, data, eval_data):
+def build(args, tokenizer, eos_ids, data, eval_data, device, dtype):
     """All that a run is made of. model: the policy, a transformers model or a peft model around one; logps: completion_logps
     of it; sampler: the same as one whole plain model; reference: where the policy started, frozen, or None where that is the
     policy with its adapter off; data: rows with "prompt_ids"."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    dtype = getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(args.dtype, args.dtype))
-    model = load_lm(args, device, torch.float32 if args.fsdp else dtype, args.load_in_4bit)
-    sampler = load_lm(args, device, dtype) if args.lora_rank or args.fsdp else model
-    reference = load_lm(args, device, dtype).requires_grad_(False) if args.beta and not args.lora_rank else None
-    if args.lora_rank:
-        import peft
-        torch.manual_seed(args.seed)
-        model = peft.get_peft_model(model, peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, task_type="CAUSAL_LM",
-                                                           target_modules="all-linear"))
-        for p in model.parameters():
-            p.data = p.data.float() if p.requires_grad else p.data
-    lm = base_lm(model)
-    if args.activation_checkpointing:                           # the second name: transformers before 5.2x
-        (getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable)({"use_reentrant": False})
-    lm.logps = types.MethodType(completion_logps, lm)
-    if args.fsdp:                                               # FSDP2: each process holds its part of every weight, in fp32
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        for layer in lm.base_model.layers:
-            fully_shard(layer, mp_policy=policy)
-        fully_shard(lm, mp_policy=policy)
-        register_fsdp_forward_method(lm, "logps")
-    masters = Masters([p for p in model.parameters() if p.requires_grad])
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    muon = {name for name in names if args.optim == "muon" and ".layers." in name and model.get_parameter(name).ndim == 2}
-    matrices, rest = ([p for name, p in zip(names, masters.parameters) if (name in muon) is wanted] for wanted in (True, False))
-    if args.optim == "adamw8bit":
-        import bitsandbytes
-        optimizers = [bitsandbytes.optim.AdamW8bit(rest, args.lr, weight_decay=0.0)]
-    else:
-        optimizers = [torch.optim.AdamW(rest, args.lr, weight_decay=0.0, fused=True)]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, args.muon_lr, weight_decay=0.0))
+    def load():
+        return load_lm(args.model, device, dtype, trust_remote_code=args.trust_remote_code)
+
+    model = load_policy(args, device, dtype)
+    sampler = load() if args.lora_rank or args.fsdp else model
+    reference = load().requires_grad_(False) if args.beta and not args.lora_rank else None
+    for p in reference.parameters() if args.offload_reference else ():
+        p.data = p.data.cpu().pin_memory() if device.type == "cuda" else p.data
+    logps, optimizer = prepare(model, args, dtype), Optimizer(model, args)
     model.eval()
     refresh(sampler, model)
     return types.SimpleNamespace(
-        args=args, tokenizer=tokenizer, eos_ids=end_ids(args, tokenizer), data=data, eval_data=eval_data, device=device,
-        model=model, logps=lm.logps,
-        reference=reference, sampler=sampler, masters=masters, optimizers=optimizers, check=lambda: None,
-        curriculum=Curriculum(len(data), args.group_size, args.seed, args.curriculum_floor))
+        args=args, tokenizer=tokenizer, eos_ids=eos_ids, data=data, eval_data=eval_data, device=device,
+        model=model, logps=logps, optimizer=optimizer, reference=reference, sampler=sampler,
+        generate=partial(generate, sampler) if args.sampler == "plain" else Sampler(sampler),
+        curriculum=Curriculum(len(data), args.group_size, args.seed, args.curriculum_floor), stop=Stop(), bad=0, recent=[])
+
+
+@contextlib.contextmanager
+def reference_lm(run):
+    """The model that the policy was at the start, on the device while the context lasts."""
+    if run.reference is None:
+        with run.model.disable_adapter():
+            yield base_lm(run.model)
+        return
+    held = {p: p.data for p in run.reference.parameters()}
+    for p, data in held.items():
+        p.data = data.to(run.device, non_blocking=True)
+    yield run.reference
+    for p, data in held.items():
+        p.data = data
 
 
 # ------------------------------------------------------------------------------------------- 5-7. update
@@ -630,220 +330,114 @@ def micro_batches(rollouts, size, device, mask_truncated=False):
             for part in (order[at:at + size] for at in range(0, len(order), size))]
 
 
-def backward(run, batches, temperature, num_tokens, num_seqs, check=lambda: None):
+def evened(batches, spare):
+    """As many batches in every process: what is missing is `spare`, with nothing to train on."""
+    nothing = spare | {"mask": torch.zeros_like(spare["mask"])}
+    return batches + [dict(nothing) for _ in range(largest(len(batches)) - len(batches))]
+
+
+def backward(run, batches, temperature, num_tokens, num_seqs, stop=None):
     """Adds up the gradient of a whole step, batch by batch. -> the loss's parts. The first pass leaves the policy's own
     log-probabilities in each batch: they are the old ones of the later passes."""
     args, sums = run.args, {}
-    for b in batches:
-        check()
-        where = b["ids"], b["prompt_lengths"], b["mask"], temperature
-        logp, entropy = run.logps(*where)                                                                                  # 5
-        if "old" not in b:
-            b["old"], b["ref"] = logp.detach(), b["mask"]
-            if args.beta:
-                with torch.no_grad(), contextlib.nullcontext() if run.reference else run.model.disable_adapter():
-                    b["ref"] = completion_logps(run.reference or base_lm(run.model), *where)[0]
-        loss, parts = policy_loss(logp, b["old"], b["ref"], b["adv"], b["mask"], loss=args.loss, clip_low=args.clip_low,
+
+    def one(b):
+        logp, entropy = run.logps(b["ids"], b["prompt_lengths"], b["mask"], temperature)                                   # 5
+        b.setdefault("old", logp.detach())
+        loss, parts = policy_loss(logp, b["old"], b.get("ref"), b["adv"], b["mask"], loss=args.loss, clip_low=args.clip_low,
                                   clip_high=args.clip_high, beta=args.beta, num_tokens=num_tokens, num_seqs=num_seqs,
                                   max_new_tokens=args.max_new_tokens)                                                      # 6
         (loss * WORLD if args.fsdp else loss).backward()                                # FSDP averages over processes
         parts |= {"entropy": (entropy * b["mask"]).sum() / num_tokens,
                   "logp_gap": ((b["old"] - b["sampled"]).abs() * b["mask"]).sum() / num_tokens}
-        sums = {name: sums.get(name, 0) + value for name, value in parts.items()}
+        for name, value in parts.items():
+            sums[name] = sums.get(name, 0) + value
+
+    def reference(b):
+        b["ref"] = completion_logps(lm, b["ids"], b["prompt_lengths"], b["mask"], temperature)[0]
+
+    if args.beta and any("ref" not in b for b in batches):
+        with torch.no_grad(), reference_lm(run) as lm:
+            passes(batches, reference, stop)
+    passes(batches, one, stop, args.fsdp)
     return {name: float(value) for name, value in sums.items()}
 
 
-def update(run, trained, temperature, lr):
-    """Steps 5 to 7 on the rollouts of one step: --inner_epochs updates. -> metrics, means over them."""
-    args, masters = run.args, run.masters.parameters
+def update(run, trained, temperature, factor):
+    """Steps 5 to 7 on the rollouts of one step: --inner_epochs updates at `factor` times the peak learning rate. -> metrics, means
+    over them. Only a stop that comes before the first update leaves."""
+    args = run.args
     metrics = dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "entropy", "logp_gap", "grad_norm"), 0.0)
-    args.micro_batch_size = min(gather(args.micro_batch_size))  # one process may have halved it
+    args.micro_batch_size = min(gather(args.micro_batch_size))
     batches = micro_batches(trained, args.micro_batch_size, run.device, args.mask_truncated)
     num_tokens = sum(float(b["mask"].sum()) for b in batches)
-    empty = {name: torch.zeros_like(x) if name == "mask" else x for name, x in batches[-1].items()}
-    batches = (batches + [dict(empty) for _ in range(-len(batches) % WORLD)])[RANK::WORLD]      # as many passes in each process
+    batches, spare = evened(batches[RANK::WORLD], batches[-1]), batches[-1]
     run.model.train()
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = optimizer.defaults["lr"] * lr / args.lr if args.lr else 0.0
     for epoch in range(args.inner_epochs if num_tokens else 0):
         while True:
-            run.masters.zero_grad()
-            run.model.zero_grad()                               # what an error left there
+            run.optimizer.zero_grad()
             try:
-                sums = backward(run, batches, temperature, num_tokens, len(trained), (lambda: None) if epoch or WORLD > 1 else run.check)
+                sums = backward(run, batches, temperature, num_tokens, len(trained), None if epoch else run.stop)
                 break
             except torch.OutOfMemoryError:
-                if args.fsdp or max(len(b["ids"]) for b in batches) == 1:
+                if args.fsdp or largest(max(len(b["ids"]) for b in batches)) == 1:
                     raise
             torch.cuda.empty_cache()
-            batches = [dict(zip(b, half)) for b in batches for half in zip(*(x.tensor_split(2) for x in b.values())) if len(half[0])]
-            args.micro_batch_size = -(-args.micro_batch_size // 2)
+            halves = [dict(zip(b, half)) for b in batches for half in zip(*(x.tensor_split(2) for x in b.values())) if len(half[0])]
+            batches, args.micro_batch_size = evened(halves, spare), -(-args.micro_batch_size // 2)
             note(f"out of GPU memory: --micro_batch_size {args.micro_batch_size} from here on; the update is the same")
-        waits = [dist.all_reduce(p.grad, async_op=True) for p in masters] if WORLD > 1 and not args.fsdp else []
-        for wait in waits:
-            wait.wait()
-        norm = float(full(torch.nn.utils.clip_grad_norm_(masters, args.max_grad_norm or math.inf)))                        # 7
-        if math.isfinite(norm):
-            for optimizer in run.optimizers:
-                optimizer.step()
-            run.masters.write_back()
+        if not args.fsdp:
+            run.optimizer.reduce()
+        norm = run.optimizer.step(factor)                                                                                  # 7
         shares = gather(sums | {"grad_norm": norm / WORLD, "skipped": (not math.isfinite(norm)) / WORLD})
         metrics = {name: metrics.get(name, 0) + sum(share[name] for share in shares) / args.inner_epochs for name in shares[0]}
-    run.masters.zero_grad()
     run.model.eval()
     refresh(run.sampler, run.model)
     return metrics
 
 
-# ------------------------------------------------------------------------------------------- files of a run
-def seal(path):
-    """Size and SHA-256 of a file, which is on the disk when this returns."""
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
-        return [os.fstat(f.fileno()).st_size, hashlib.file_digest(f, "sha256").hexdigest()]
-
-
+# ------------------------------------------------------------------------------------------- files
 def save_model(run, folder):
     """The policy as transformers and peft load it: the adapter, or all of it."""
     (run.model if run.args.lora_rank else run.sampler).save_pretrained(folder)
     run.tokenizer.save_pretrained(folder)
 
 
-def save_checkpoint(run, step):
-    """OUTPUT_DIR/checkpoint-<step>: a model folder, and all else that a run is. It takes this name when it is whole and on the
-    disk; only then do older ones go."""
-    folder = Path(run.args.output_dir) / f"checkpoint-{step}"
-    tmp = folder.with_name(f"tmp-{folder.name}")
-    state = tree_map(full, {"optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
-                            "masters": [p.detach() for p in run.masters.parameters],
-                            "curriculum": vars(run.curriculum)})
-    if RANK or folder.exists():
+def save(run, step):
+    """OUTPUT_DIR/checkpoint-<step>: a model folder, and all else that a run is."""
+    if (Path(run.args.output_dir) / f"checkpoint-{step}").exists():
         return
-    shutil.rmtree(tmp, ignore_errors=True)                      # of a run that was killed while it saved
-    try:
-        save_model(run, tmp)
-        torch.save(state, tmp / "trainer.pt")
-        (tmp / "manifest.json").write_text(json.dumps({p.name: seal(p) for p in sorted(tmp.iterdir())}))
-        seal(tmp / "manifest.json")
-    except (OSError, RuntimeError, SafetensorError) as err:     # a full disk, in each library's own words
-        shutil.rmtree(tmp, ignore_errors=True)
-        fail(f"cannot write {folder} ({err}); make room, then --resume: older checkpoints are whole")
-    tmp.rename(folder)
-    for old in checkpoints(folder.parent)[:-run.args.keep]:
-        shutil.rmtree(old)
+    state = run.optimizer.state() | {"curriculum": vars(run.curriculum), "bad": run.bad, "recent": run.recent}
+    if RANK == 0:
+        save_checkpoint(run.args.output_dir, step, run.args.keep, lambda to: (save_model(run, to), torch.save(state, to / "trainer.pt")))
 
 
-@torch.no_grad()
-def load_checkpoint(run, folder):
-    state = torch.load(folder / "trainer.pt", weights_only=True, map_location=run.device)
-    for p, saved in zip(run.masters.parameters, state["masters"]):
-        p.copy_(distribute_tensor(saved, p.device_mesh, p.placements) if isinstance(p, DTensor) else saved)
-    run.masters.write_back()
-    refresh(run.sampler, run.model)
+def load(run, folder):
+    state = read_state(folder)
     if len(state["curriculum"]["due"]) != len(run.data):
         fail(f"--resume: --data has {len(run.data)} prompts now, and had {len(state['curriculum']['due'])} in the run")
+    run.optimizer.load_state(state)
+    refresh(run.sampler, run.model)
     vars(run.curriculum).update(state["curriculum"])
-    if run.args.fsdp:                                           # moments are sharded as their parameters are
-        for i, moments in state["optimizers"][0]["state"].items():
-            p = run.masters.parameters[i]
-            state["optimizers"][0]["state"][i] = {name: distribute_tensor(x, p.device_mesh, p.placements) if x.ndim else x
-                                                  for name, x in moments.items()}
-    for optimizer, saved in zip(run.optimizers, state["optimizers"]):
-        optimizer.load_state_dict(saved)
-
-
-def checkpoints(output_dir):
-    """Oldest first, damaged ones too."""
-    return sorted((p for p in output_dir.glob("checkpoint-*") if p.name[11:].isdecimal()), key=lambda p: int(p.name[11:]))
-
-
-def open_output(args, ready):
-    """-> the checkpoint to go on from, the newest that is as it was written, or None. Another run's folder is never written to
-    by mistake, nor is this one's with other flags."""
-    out = Path(args.output_dir)
-    free = ("resume", "overwrite", "output_dir", "save_every", "keep", "sample_every", "log_to", "micro_batch_size", "sample_batch_size",
-            "fsdp", "activation_checkpointing", "merge")
-    flags = {name: value for name, value in vars(args).items() if name not in free}
-    if not args.resume:
-        old = [*checkpoints(out), *out.glob("tmp-*"), *out.glob("adapter_*"),     # a stale adapter would load with a new model
-               *(out / name for name in ("args.json", "metrics.jsonl", "samples.jsonl", "merged"))]
-        if any(path.exists() for path in old) and not args.overwrite:
-            fail(f"--output_dir {out} holds a run: --resume goes on with it, --overwrite drops it")
-        out.mkdir(parents=True, exist_ok=True)
-        if not ready:
-            return None
-        for path in old:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        (out / "args.json").write_text(json.dumps(flags, indent=1))
-        return None
-    damaged = []
-    for folder in reversed(checkpoints(out)):
-        with contextlib.suppress(OSError, ValueError):
-            if all(seal(folder / name) == sealed for name, sealed in json.loads((folder / "manifest.json").read_text()).items()):
-                break
-        note(f"{folder} is damaged (a file is missing, cut off or changed): trying the one before it")
-        damaged.append(folder)
-    else:
-        fail(f"--resume: there is no whole checkpoint in {out}")
-    try:
-        then = json.loads((out / "args.json").read_text())
-    except (OSError, ValueError) as err:
-        fail(f"--resume: cannot read the flags of the run in {out} ({err})")
-    changed = [f"--{name} {then.get(name)} -> {value}" for name, value in flags.items() if then.get(name) != value]
-    if changed:
-        fail(f"--resume: not the flags that the run in {out} had: {', '.join(changed)}")
-    for path in [*damaged, *out.glob("tmp-*")]:                 # a checkpoint of that name will be written again
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    done, tmp = int(folder.name[11:]), out / "tmp-lines"
-    for path in (p for p in (out / "metrics.jsonl", out / "samples.jsonl") if p.exists()):          # what came later comes again,
-        lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("}\n")]        # the evaluation of this step too
-        tmp.write_text("".join(x for x, row in zip(lines, map(json.loads, lines)) if row["step"] < done + ("reward" in row)))
-        tmp.replace(path)
-    return folder
-
-
-def append(args, name, rows):
-    with open(Path(args.output_dir) / name, "a") as f:
-        for row in rows:                                        # what is not finite is null: JSON has no NaN
-            f.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}) + "\n")
-
-
-def logger(args):
-    """-> log(metrics): a line in metrics.jsonl, and TensorBoard or W&B where asked for."""
-    send = lambda metrics: None                                                                             # noqa: E731
-    if args.log_to == "tensorboard" and RANK == 0:
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(args.output_dir)
-        send = lambda metrics: [board.add_scalar(*item, metrics["step"]) for item in metrics.items()]       # noqa: E731
-    if args.log_to == "wandb" and RANK == 0:
-        import wandb
-        board = wandb.init(project="grpo", name=Path(args.output_dir).name, config=vars(args), dir=args.output_dir)
-        send = lambda metrics: board.log(metrics, step=metrics["step"])                                     # noqa: E731
-    return lambda metrics: None if RANK else (append(args, "metrics.jsonl", [metrics]), send(metrics))
+    run.bad, run.recent = state["bad"], state["recent"]
 
 
 # ------------------------------------------------------------------------------------------- the loop
 def read_rows(args, tokenizer, context, sources, split):
     """Rows of all sources with their prompts' ids. Countdown data that is not there yet is made."""
     rows = []
-    try:
-        for source in sources:
-            if source.split(":")[0] == "countdown" and not Path("data/countdown").exists():
-                note("data/countdown is not there yet: making it with countdown.py")
-                subprocess.run([sys.executable, Path(__file__).with_name("countdown.py"), "--out", "data/countdown"], check=True)
-            rows += rewards.load_rows(source, split)
-    except (rewards.DataError, subprocess.CalledProcessError) as err:
-        fail(err)
-    for n, row in enumerate(rows, 1):
-        try:
-            row["prompt_ids"] = tokenizer.apply_chat_template(rewards.messages(row["task"], row, args.style), tokenize=True,
-                                                              add_generation_prompt=True, return_dict=False)
-        except jinja2.TemplateError as err:
-            fail(f"the chat template of {args.model} does not take the prompt ({err}); pass another with --chat_template FILE")
-        if len(row["prompt_ids"]) + args.max_new_tokens > context:
-            fail(f"row {n} of {' '.join(sources)}: its prompt of {len(row['prompt_ids'])} tokens and --max_new_tokens "
-                 f"{args.max_new_tokens} are more than the model's context of {context}")
+    for source in sources:
+        if source.split(":")[0] == "countdown" and not Path("data/countdown").exists() and RANK == 0:
+            note("data/countdown is not there yet: making it with countdown.py")
+            if subprocess.call([sys.executable, Path(__file__).with_name("countdown.py"), "--out", "data/countdown"]):
+                fail("countdown.py could not make data/countdown")
+        gather(0)                                               # the others wait for it
+        rows += rewards.load_rows(source, split)
+    for n, (row, ids) in enumerate(zip(rows, prompt_ids(tokenizer, rows, args.style)), 1):
+        row["prompt_ids"] = ids
+        if len(ids) + args.max_new_tokens > context:
+            fail(f"row {n} of {' '.join(sources)}: its prompt of {len(ids)} tokens and --max_new_tokens {args.max_new_tokens} are "
+                 f"more than the model's context of {context}")
     return rows
 
 
@@ -859,27 +453,36 @@ def means(rollouts, data):
 
 
 def train_step(run, step):
-    """One step, numbered as at the top: -> its metrics, the rollouts drawn first. A stop before the update leaves the run as
-    it was."""
+    """One step, numbered as at the top: -> its metrics, the rollouts drawn first. A stop before the update leaves the run as it
+    was."""
     args, G, start = run.args, run.args.group_size, time.perf_counter()
     temperature = args.temperature + (args.temperature_end - args.temperature) * (step - 1) / max(1, args.steps - 1)
-    lr = learning_rate(step, args)
+    factor = learning_rate(step, args.steps, args.warmup, args.lr_schedule)
     trained, first, drawn = collect(run, step, temperature)                                                              # 1-4
     sampled = time.perf_counter()
     metrics = {"step": step, **means(first, run.data), "groups_drawn": len(drawn) // G}
     for name, rollouts in (("frac_reward_zero_std", first), ("frac_reward_zero_std_after", trained)):
         metrics[name] = sum(dead(rollouts[at:at + G]) for at in range(0, len(rollouts), G)) * G / len(rollouts)
     torch.manual_seed(args.seed * 1_000_003 + step)             # for a model with dropout
-    metrics |= update(run, trained, temperature, lr)                                                                     # 5-7
+    metrics |= update(run, trained, temperature, factor)                                                                 # 5-7
     for at in range(0, len(drawn), G):
         run.curriculum.record(drawn[at].index, sum(r.parts["correct"] for r in drawn[at:at + G]))
     end = time.perf_counter()
     gpu = run.device.type == "cuda"
-    return metrics | {"lr": lr, "temperature": temperature, "sample_seconds": sampled - start, "update_seconds": end - sampled,
+    return metrics | {"lr": args.lr * factor, "temperature": temperature, "sample_seconds": sampled - start,
+                      "update_seconds": end - sampled,
                       "sample_tokens_per_s": sum(len(r.completion) for r in drawn) / (sampled - start),
                       "update_tokens_per_s": sum(len(r.completion) for r in trained) * args.inner_epochs / (end - sampled),
                       "step_seconds": end - start, "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if gpu else
                       resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}, first
+
+
+def evaluate(run, step, log):
+    """Greedy answers to the held-out rows, where they are due."""
+    if run.eval_data and (step % run.args.eval_every == 0 or step == run.args.steps):
+        found = means(rollout(run, run.eval_data, range(len(run.eval_data)), 0, 0), run.eval_data)
+        log({"step": step, **{"eval_" + name: value for name, value in found.items()}})
+        note(f"step {step}  held-out: reward {found['reward']:.3f}  correct {found['correct']:.3f}  format {found['format']:.3f}")
 
 
 LINE = ("step {step}  reward {reward:.3f}  correct {correct:.3f}  format {format:.3f}  dead {frac_reward_zero_std:.2f}  "
@@ -897,14 +500,29 @@ WARNINGS = [                                                    # (what the last
     (lambda m: m["logp_gap"] > 0.1, "sampler and trainer disagree (logp_gap above 0.1): try --dtype float32")]
 
 
+def report(run, metrics, first, said):
+    """The step's line, its samples where they are due, and warnings, each of them once."""
+    args, step, data = run.args, metrics["step"], run.data
+    run.recent, run.bad = [*run.recent[-19:], metrics], run.bad + 1 if metrics.get("skipped") else 0
+    left = (args.steps - step) * sum(m["step_seconds"] for m in run.recent) / len(run.recent)
+    note(LINE.format_map(metrics | {"left": tqdm.format_interval(left)}))
+    if RANK == 0 and (step % args.sample_every == 0 or step == 1 or run.bad):
+        append(Path(args.output_dir) / "samples.jsonl", [
+            {"step": step, "task": data[r.index]["task"], "prompt": run.tokenizer.decode(r.prompt), "completion": r.text,
+             "ended": r.ended, "advantage": r.advantage, **r.parts} for r in first[:2 * args.group_size]])
+    for shows, advice in WARNINGS:
+        if len(run.recent) == 20 and advice not in said and all(map(shows, run.recent)):
+            said.add(advice)
+            note(f"warning: {advice}")
+    if run.bad:
+        note(f"warning: the gradient of step {step} is not finite and was not used ({run.bad} in a row; see samples.jsonl)")
+    if run.bad == BAD_STEPS:
+        fail(f"{run.bad} gradients in a row are not finite: lower --lr, and look at step {step} in {args.output_dir}/samples.jsonl")
+
+
 def train(args, argv):
-    if WORLD > 1:
-        if torch.cuda.is_available():
-            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-                fail(f"torchrun started more processes than there are GPUs: --nproc_per_node {torch.cuda.device_count()}")
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
-    tokenizer, context = load_tokenizer(args)
+    device, dtype = start_processes(args.dtype)
+    tokenizer, eos_ids, context = load_tokenizer(args.model, args.chat_template, args.trust_remote_code, train=True)
     data = read_rows(args, tokenizer, context, args.data, "train")
     eval_data = read_rows(args, tokenizer, context, args.eval_data, args.eval_split)
     if args.pass_rate != [0, 1]:
@@ -913,91 +531,46 @@ def train(args, argv):
         data = [row for row in data if args.pass_rate[0] <= row["pass_rate"] <= args.pass_rate[1]]
     if len(data) < args.prompts_per_step:
         fail(f"--data has {len(data)} prompts, fewer than --prompts_per_step {args.prompts_per_step}")
-    folder = gather(open_output(args, ready=False) if RANK == 0 else None)[0]
-    run, log, done, stop, bad, recent, said = build(args, tokenizer, data, eval_data), logger(args), 0, [], 0, [], set()
-    if RANK == 0 and not folder:
-        open_output(args, ready=True)                           # a model that does not load costs no run its folder
+    folder = gather(find_checkpoint(args, FREE) if RANK == 0 else None)[0]
+    run, log, said, done = build(args, tokenizer, eos_ids, data, eval_data, device, dtype), logger(args), set(), 0
     if folder:
-        load_checkpoint(run, folder)
+        load(run, folder)
         done = int(folder.name[11:])
-
-    def on_signal(number, frame):
-        stop.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)            # SIGTERM may come twice, from a cluster and from torchrun
-        note("stopping: saving a checkpoint first; Ctrl-C leaves at once")
-
-    def check():
-        if stop:
-            raise KeyboardInterrupt(stop[0])
-
-    def evaluate(step):
-        if eval_data and (step % args.eval_every == 0 or step == args.steps):
-            found = means(rollout(run, eval_data, range(len(eval_data)), 0, 0), eval_data)
-            log({"step": step, **{"eval_" + name: value for name, value in found.items()}})
-            note(f"step {step}  held-out: reward {found['reward']:.3f}  correct {found['correct']:.3f}  format {found['format']:.3f}")
-
-    run.check, handlers = check, {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    if RANK == 0:
+        open_folder(args, folder)                               # a model that does not load costs no run its folder
     bar = tqdm(total=args.steps, initial=done, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
-    try:
-        evaluate(done)
-        while done < args.steps:
-            metrics, first = train_step(run, done + 1)
-            done += 1
-            log(metrics)
-            bar.update()
-            recent = [*recent[-19:], metrics]
-            left = (args.steps - done) * sum(m["step_seconds"] for m in recent) / len(recent)
-            note(LINE.format_map(metrics | {"left": tqdm.format_interval(left)}))
-            bad = bad + 1 if metrics.get("skipped") else 0
-            if RANK == 0 and (done % args.sample_every == 0 or done == 1 or bad):
-                append(args, "samples.jsonl", [
-                    {"step": done, "task": data[r.index]["task"], "prompt": tokenizer.decode(r.prompt), "completion": r.text,
-                     "ended": r.ended, "advantage": r.advantage, **r.parts} for r in first[:2 * args.group_size]])
-            for shows, advice in WARNINGS:
-                if len(recent) == 20 and advice not in said and all(map(shows, recent)):
-                    said.add(advice)
-                    note(f"warning: {advice}")
-            if bad:
-                note(f"warning: the gradient of step {done} is not finite and was not used ({bad} in a row; see samples.jsonl)")
-            if bad == BAD_STEPS:
-                fail(f"{bad} gradients in a row are not finite: lower --lr, and look at step {done} in {args.output_dir}/samples.jsonl")
-            if args.save_every and done % args.save_every == 0:
-                save_checkpoint(run, done)
-            for number in sum(gather(list(stop)), []):
-                raise KeyboardInterrupt(number)
-            evaluate(done)
-    except KeyboardInterrupt as err:
-        save_checkpoint(run, done)
-        gather(0)                                               # torchrun ends all of them when one leaves
-        again = [x for x in argv if x not in ("--resume", "--overwrite")]
-        launch = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', WORLD)}" if WORLD > 1 else "python"
-        note(f"stopped after step {done} of {args.steps}; go on with: {launch} grpo.py {shlex.join(again)} --resume")
-        raise SystemExit(128 + err.args[0])
-    finally:
-        bar.close()
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
+    with run.stop:
+        try:
+            evaluate(run, done, log)
+            while done < args.steps:
+                metrics, first = train_step(run, done + 1)
+                done += 1
+                log(metrics)
+                bar.update()
+                report(run, metrics, first, said)
+                if args.save_every and done % args.save_every == 0:
+                    save(run, done)
+                run.stop.check(everywhere=True)
+                evaluate(run, done, log)
+        except KeyboardInterrupt as stopped:
+            save(run, done)
+            leave(stopped, done, args.steps, argv)
+        finally:
+            bar.close()
     if RANK == 0:
         tmp = Path(args.output_dir) / "tmp-final"
         save_model(run, tmp)
         if args.merge:
             run.sampler.save_pretrained(tmp / "merged")
             tokenizer.save_pretrained(tmp / "merged")
-        shutil.copytree(tmp, args.output_dir, dirs_exist_ok=True, copy_function=os.replace)
-        shutil.rmtree(tmp)
-    if WORLD > 1:
-        dist.destroy_process_group()
+        move_in(tmp, args.output_dir)
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    try:
-        train(args, argv or sys.argv[1:])
-    except torch.OutOfMemoryError:
-        fail("out of GPU memory: take a smaller --micro_batch_size, --group_size or --max_new_tokens, or --activation_checkpointing; "
-             "then --resume")
-    except (OSError, SafetensorError) as err:                   # a full disk, most of all
-        fail(f"--output_dir {args.output_dir}: {err}; checkpoints in it are whole: make room, then --resume")
+    with one_line(args):
+        train(args, argv)
 
 
 if __name__ == "__main__":

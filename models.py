@@ -220,7 +220,8 @@ class Optimizer:
                 return bitsandbytes.optim.AdamW8bit(masters, **adam), parameters
             return torch.optim.AdamW(masters, fused=True, **adam), parameters
 
-        parts = [[p] for p in self.low] + [[p for p in self.parameters if p not in self.low and (p in muon) is one] for one in (True, False)]
+        fp32 = [p for p in self.parameters if p not in self.low]
+        parts = [[p for p in fp32 if p in muon], [p for p in fp32 if p not in muon], *([p] for p in self.low)]
         self.optimizers = [make(part) for part in parts if part]
         self.of = {p: optimizer for optimizer, part in self.optimizers for p in part}
 

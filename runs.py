@@ -181,6 +181,7 @@ def largest(x):
 # ------------------------------------------------------------------------------------------- stopping
 class Stop:
     """`with Stop() as stop`: the first SIGINT or SIGTERM is kept in stop.signal, the next SIGINT ends the process at once."""
+    signal = 0
 
     def __enter__(self):
         self.signal, self.handlers = 0, {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -309,7 +310,8 @@ def open_folder(args, folder):
     out, done = Path(args.output_dir), int(folder.name[11:]) if folder else -1
     old = [path for step, path in checkpoints(out).items() if step > done] + list(out.glob("tmp-*"))
     if not folder:                                              # a stale adapter would load with a new model
-        old += [*out.glob("adapter_*"), *out.glob("model*.safetensors*"), *(out / name for name in ("metrics.jsonl", "samples.jsonl", "merged", "micro_batch_size"))]
+        old += [*out.glob("adapter_*"), *out.glob("model*.safetensors*")]
+        old += [out / name for name in ("metrics.jsonl", "samples.jsonl", "merged", "micro_batch_size")]
     for path in old:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (out / "tmp-args.json").write_text(json.dumps(vars(args) | {"launcher": LAUNCHER}, indent=1))
