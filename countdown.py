@@ -1,35 +1,35 @@
 """Countdown: reach a target from given numbers with + - * /, each used once. Makes problems, solves them, writes JSONL.
 
 The solver, `solve(nums, target)` and `solutions(nums, target)`, is exact and goes through fractions where it must:
- 1. A subset of the numbers is a bit mask. For the small subsets, bottom-up, make a table of all values that they can
-    reach. Negative values are left out: wherever a - b is below 0, b - a serves, with the sign moved outwards.
+ 1. A subset of the numbers is a bit mask. For each small subset, bottom-up, tabulate all values that it can reach.
+    Negative values are left out: wherever a - b is below 0, b - a serves, with the sign moved outwards.
  2. From the target go top-down and meet the tables in the middle: split the numbers in two; each value a of the smaller
     part leaves at most six values b of the larger one with a ? b or b ? a equal to the target.
  3. Put the hits together in flat form: a sum is the terms added and the terms taken away, a product the factors above
-    and below the line. So a-(b-c) = a+c-b, a/(b/c) = a*c/b and (a-b)*(c-d) = (b-a)*(d-c) are one solution. Distinct
-    solutions: no reordering, regrouping, moving of signs or swapping of equal numbers makes one from the other.
-`solve` keeps but the best sum and the best product of each part: fewest parentheses, thus shortest.
+    and below the line. So a-(b-c) = a+c-b, a/(b/c) = a*c/b and (a-b)*(c-d) = (b-a)*(d-c) are one solution. Two are
+    distinct if no reordering, regrouping, moving of signs or swapping of equal numbers makes one from the other.
+`solve` keeps only the shortest sum and the shortest product for each part: fewest parentheses, thus shortest overall.
 
 The generator:
- 1. Draw multisets of numbers in random order, none twice, and give each wholly to one of train, val and test: no two of
+ 4. Draw multisets of numbers in random order, none twice, and give each wholly to one of train, val and test: no two of
     the files share a multiset. A small space (3 numbers up to 12) is split in proportion to the rows asked for.
- 2. Count for each multiset the expressions by value, as a player with whole numbers would try them: operands in either
+ 5. Count for each multiset the expressions by value, as a player with whole numbers would try them: operands in either
     order are one expression, no result below 0 or above 9,999, exact division only.
- 3. The search of a problem is how many expressions that player tries for each one that hits: all / hitting. easy: up to
+ 6. The search of a problem is how many expressions that player tries for each one that hits: all / hitting. easy: up to
     10, medium: up to 30, hard: more. (Up to 99: mostly 8-10 with 3 numbers, 25-500 with 4. Up to 12, 3 numbers: 7-40.)
     Extremes, under --min_search or above --max_search, and problems that need fractions are left out.
- 4. Pick a target among those left, every one as likely. Once no fresh multiset is left, each gives further targets.
- 5. Let the teacher play. It writes lines of running results, each with its verdict, until one hits:
+ 7. Pick a target among those left, every one as likely. Once no fresh multiset is left, each gives further targets.
+ 8. Let the teacher play. It writes lines of running results, each with its verdict, until one hits:
         5+3=8 8*2=16 no
         5*2=10 10+3=13 ok
-    A share --aim of its lines is drawn among those that hit, the rest at random. It stops after a miss with chance --give_up,
+    With chance --aim a line is drawn among those that hit, else at random. After a miss it stops with chance --give_up,
     or at --max_lines, and answers with its last line. What RL has left to teach is aim and persistence.
 
 Files in --out: train.jsonl, test.jsonl, val.jsonl (with --val), rows of {nums, target, solution, difficulty, trace,
 trace_answer}; sft.jsonl: the train rows --traces times, each with its own trace. Same flags, same bytes on any machine.
 
     python countdown.py                                         # problems for Qwen2.5-3B, into data/countdown
-    python countdown.py --out data/tiny --numbers 3 --max_number 12 --max_target 40 --train 2500 --test 500 --traces 16
+    python countdown.py @recipes/tiny/countdown.txt             # three small numbers, for a model of 0.5 M parameters
 """
 import argparse
 import json
@@ -37,6 +37,7 @@ import os
 import random
 import shlex
 import sys
+import tempfile
 from collections import Counter
 from functools import lru_cache
 from itertools import chain, combinations_with_replacement, product, repeat
@@ -48,7 +49,7 @@ from tqdm import tqdm
 
 CLASSES = {"easy": 10, "medium": 30, "hard": float("inf")}  # name -> the largest search in it
 LIMIT = 9_999                                               # the largest number of the player who defines the search
-FRUITLESS = 1_000                                           # multisets drawn per fit problem, beyond which we stop
+FRUITLESS = 1_000                                           # multisets drawn per problem found, beyond which we stop
 
 
 def parse_args(argv=None):
@@ -56,38 +57,41 @@ def parse_args(argv=None):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     p.error = fail
-    g = p.add_argument_group("files")
-    g.add_argument("--out", default="data/countdown", help="folder to write; the files named above are replaced")
-    g.add_argument("--train", type=int, default=20_000, help="problems in train.jsonl")
-    g.add_argument("--val", type=int, default=0, help="problems in val.jsonl; 0: no such file")
-    g.add_argument("--test", type=int, default=1_000, help="problems in test.jsonl")
-    g.add_argument("--traces", type=int, default=1, help="rows of sft.jsonl per train problem; 0: no such file")
-    g.add_argument("--seed", type=int, default=0, help="same seed and flags, same bytes")
-    g = p.add_argument_group("problems")
-    g.add_argument("--numbers", type=int, nargs="+", default=[3, 4], help="how many numbers, in equal shares, 2 to 6")
-    g.add_argument("--min_number", type=int, default=1, help="smallest given number")
-    g.add_argument("--max_number", type=int, default=99, help="largest given number")
-    g.add_argument("--max_target", type=int, default=99, help="targets are 1 to this")
-    g.add_argument("--difficulty", nargs="+", choices=list(CLASSES), default=list(CLASSES), help="classes to make")
-    g.add_argument("--min_search", type=float, default=2, help="leave out problems with fewer expressions per hit")
-    g.add_argument("--max_search", type=float, default=10_000, help="leave out problems with more expressions per hit")
-    g = p.add_argument_group("teacher")
-    g.add_argument("--max_lines", type=int, default=5, help="lines of a trace at most")
-    g.add_argument("--give_up", type=float, default=0.3, help="probability of stopping after each miss, 0 to 1")
-    g.add_argument("--aim", type=float, default=0.0, help="probability that a line is drawn among those that hit")
-    g.add_argument("--max_value", type=int, default=99, help="largest result in a trace; at least max_number")
-    a = p.parse_args(argv)
-    for names, low, high in (("train val test traces min_search", 0, 10**12), ("max_lines max_value", 1, 10**12),
-                             ("min_number max_number max_target", 1, LIMIT), ("give_up aim", 0, 1), ("numbers", 2, 6)):
+    files, problems, teacher = (p.add_argument_group(title).add_argument for title in ("files", "problems", "teacher"))
+    files("--out", default="data/countdown", help="folder whose train, val, test, sft.jsonl are replaced")
+    files("--train", type=int, default=20_000, help="problems in train.jsonl")
+    files("--val", type=int, default=0, help="problems in val.jsonl; 0: no such file")
+    files("--test", type=int, default=1_000, help="problems in test.jsonl")
+    files("--traces", type=int, default=1, help="rows of sft.jsonl per train problem; 0: no such file")
+    files("--seed", type=int, default=0, help="same seed and flags, same bytes")
+    problems("--numbers", type=int, nargs="+", default=[3, 4], help="how many numbers, in equal shares, 2 to 6")
+    problems("--min_number", type=int, default=1, help="smallest given number")
+    problems("--max_number", type=int, default=99, help="largest given number")
+    problems("--max_target", type=int, default=99, help="targets are 1 to this")
+    problems("--difficulty", nargs="+", choices=list(CLASSES), default=list(CLASSES), help="keep these, see --max_search")
+    problems("--min_search", type=float, default=2, help="leave out problems with fewer expressions per hit")
+    problems("--max_search", type=float, default=10_000, help="and those with more; easy is up to 10, medium to 30")
+    teacher("--max_lines", type=int, default=5, help="lines of a trace at most")
+    teacher("--give_up", type=float, default=0.3, help="probability of stopping after a miss, 0 to 1")
+    teacher("--aim", type=float, default=0.0, help="probability that a line is one that hits, 0 to 1")
+    teacher("--max_value", type=int, default=99, help="largest result in a trace, if no given number is larger")
+    try:
+        a = p.parse_args(argv)
+    except ValueError as e:  # a quote left open, bytes that are no text
+        fail(f"a flag file cannot be read ({e})")
+    bounds = {"train val test traces seed min_search": (0, 10**12), "max_lines max_value": (1, 10**12),
+              "min_number max_number max_target": (1, LIMIT), "give_up aim": (0, 1), "numbers": (2, 6)}
+    for names, (low, high) in bounds.items():
         for name in names.split():
             for value in a.numbers if name == "numbers" else [getattr(a, name)]:
-                if not low <= value <= high:
+                if not low <= value <= high:  # so written that nan is out of bounds
                     fail(f"--{name} {value}: must be from {low:,} to {high:,}")
     if not a.train + a.val + a.test:
         fail("--train, --val and --test are all 0: nothing to make")
     a.numbers = sorted(set(a.numbers))
-    if a.max_number < a.min_number:
-        fail(f"--max_number {a.max_number}: must be at least --min_number, which is {a.min_number}")
+    for low, high in (("min_number", "max_number"), ("min_search", "max_search")):
+        if not getattr(a, low) <= getattr(a, high):
+            fail(f"--{high} {getattr(a, high)}: must be at least --{low}, which is {getattr(a, low)}")
     return a
 
 
@@ -110,15 +114,14 @@ def splits(mask):
 
 def reachable(nums, size):
     """Step 1: {mask: its values} for all subsets of up to `size` numbers."""
-    tables = {1 << i: {(x, 1): None} for i, x in enumerate(nums)}  # dicts for sets: their order is the same everywhere
-    for mask in sorted(range(1, 1 << len(nums)), key=int.bit_count):
-        if 1 < mask.bit_count() <= size:
-            values = tables[mask] = {}
-            for (an, ad), (bn, bd) in chain(*(product(tables[left], tables[right]) for left, right in splits(mask))):
-                x, y, d = an * bd, bn * ad, ad * bd  # a = x / d, b = y / d
-                for n, m in ((x + y, d), (abs(x - y), d), (an * bn, d), (x, y), (y, x)):
-                    if m:
-                        values[n // (g := gcd(n, m)), m // g] = None
+    tables = {1 << i: {(x, 1): None} for i, x in enumerate(nums)}  # dicts for sets: the same order in every process
+    for mask in sorted((m for m in range(1, 1 << len(nums)) if 1 < m.bit_count() <= size), key=int.bit_count):
+        values = tables[mask] = {}
+        for (an, ad), (bn, bd) in chain(*(product(tables[left], tables[right]) for left, right in splits(mask))):
+            x, y, d = an * bd, bn * ad, ad * bd  # a = x / d, b = y / d
+            for n, m in ((x + y, d), (abs(x - y), d), (an * bn, d), (x, y), (y, x)):
+                if m:
+                    values[n // (g := gcd(n, m)), m // g] = None
     return tables
 
 
@@ -141,36 +144,36 @@ def text(node):
     return "+*"[kind].join(ups) + "".join("-/"[kind] + part for part in downs)
 
 
-def join(op, a, b, zero, odd):
-    """Step 3: the flat form of a op b. zero: its value is 0, so neither of its signs is the natural one. odd: the texts
-    met so far that are their own opposites, as (5-5) of two given fives: added or taken away is the same, so added."""
+def join(op, a, b, zero, unsigned):
+    """Step 3: the flat form of a op b. zero: its value is 0, so that neither of its signs is the natural one. unsigned:
+    the texts of value 0 met so far that are their own opposites, as (5-5) of two given fives; they are always added."""
     kind = SUM if op in "+-" else PRODUCT
-    (au, ad), (bu, bd) = (node[1:] if node[0] == kind else ((text(node) if kind == SUM else f"({text(node)})",), ())
-                          for node in (a, b))
+    (a_ups, a_downs), (b_ups, b_downs) = (
+        node[1:] if node[0] == kind else ((text(node) if kind == SUM else f"({text(node)})",), ()) for node in (a, b))
     if op in "-/":
-        bu, bd = bd, bu
-    ups, downs = sorted(au + bu, **LONGEST), sorted(ad + bd, **LONGEST)
-    opposite = kind == PRODUCT and not odd.isdisjoint(ups)
-    if kind == SUM and (zero or odd):
-        own = [s for s in ups + downs if s in odd]
-        ups, downs = ([s for s in part if s not in odd] for part in (ups, downs))
-        opposite = ups == downs
+        b_ups, b_downs = b_downs, b_ups
+    ups, downs = sorted(a_ups + b_ups, **LONGEST), sorted(a_downs + b_downs, **LONGEST)
+    own_opposite = kind == PRODUCT and not unsigned.isdisjoint(ups)
+    if kind == SUM and (zero or unsigned):
+        added = [s for s in ups + downs if s in unsigned]
+        ups, downs = ([s for s in part if s not in unsigned] for part in (ups, downs))
+        own_opposite = ups == downs
         if zero:
             ups, downs = max((ups, downs), (downs, ups))
-        ups = sorted(ups + own, **LONGEST)
+        ups = sorted(ups + added, **LONGEST)
     node = kind, tuple(ups), tuple(downs)
-    if zero and opposite:
-        odd |= {text(node), f"({text(node)})"}
+    if zero and own_opposite:
+        unsigned |= {text(node), f"({text(node)})"}
     return node
 
 
 def expressions(nums, target, tables, every):
     """Steps 2 and 3: all flat forms that reach the target, or without `every` a shortest sum and product of them."""
-    full, odd = (1 << len(nums)) - 1, set()
+    full, unsigned = (1 << len(nums)) - 1, set()
 
     @lru_cache(None)
     def find(mask, t):
-        found = {}  # used as an ordered set: the order of a real one differs from process to process
+        found = {}  # a dict for a set, as above
         for node in hits(mask, t):
             found[node] = None
             # Nothing beats a product without parentheses, nor, at the top, a sum without.
@@ -183,7 +186,7 @@ def expressions(nums, target, tables, every):
         if mask.bit_count() == 1 and t in tables[mask]:
             yield PRODUCT, (str(t[0]),), ()
         for left, right in splits(mask):
-            at_hand = tables.get(right)
+            at_hand = tables.get(right)  # None: too large for a table, so that find() has to tell
             for a in tables[left]:
                 choices = partners(t, a)
                 if not t[0] and not a[0]:  # 0 = 0 * b = 0 / b whatever b is
@@ -192,13 +195,13 @@ def expressions(nums, target, tables, every):
                     b = n // (g := gcd(n, d)), d // g
                     if at_hand is None or b in at_hand:
                         for x, y in product(find(left, a), find(right, b)):
-                            yield join(op, *((y, x) if swapped else (x, y)), not t[0], odd)
+                            yield join(op, *((y, x) if swapped else (x, y)), not t[0], unsigned)
 
     return find(full, target)
 
 
 def solutions(nums, target, every=True):
-    """All distinct solutions (what that means: step 3 above), shortest first; not every: one of the shortest leads."""
+    """All distinct solutions (see step 3), shortest first; without `every` a few of them, a shortest one first."""
     nums, target = [index(x) for x in nums], index(target)
     if not nums or min(nums) < 0:
         raise ValueError(f"nums {nums}: a problem has one or more numbers, none of them negative")
@@ -217,7 +220,7 @@ def solve(nums, target):
 
 # ---- Generator.
 def count(nums):
-    """Step 2: [mask] -> {value: number of whole-number expressions over the numbers in the mask that have it}."""
+    """Step 5: [mask] -> {value: number of whole-number expressions over the numbers in the mask that have it}."""
     tables = [{} for _ in range(1 << len(nums))]
     for i, x in enumerate(nums):
         tables[1 << i][x] = 1
@@ -237,18 +240,17 @@ def count(nums):
 
 
 def targets(ways, args):
-    """Step 3: {target: difficulty} of the problems that numbers with these ways give."""
+    """Step 6: {target: difficulty} of the problems that numbers with these ways give."""
     total, fit = sum(ways.values()), {}
-    for target, n in ways.items():
-        if 1 <= target <= args.max_target and args.min_search <= total / n <= args.max_search:
-            difficulty = next(name for name, largest in CLASSES.items() if total / n <= largest)
-            if difficulty in args.difficulty:
-                fit[target] = difficulty
-    return fit
+    for target, hitting in ways.items():
+        search = total / hitting
+        if 1 <= target <= args.max_target and args.min_search <= search <= args.max_search:
+            fit[target] = next(name for name, largest in CLASSES.items() if search <= largest)
+    return {target: difficulty for target, difficulty in fit.items() if difficulty in args.difficulty}
 
 
 def multisets(k, low, high, rng):
-    """Step 1: all multisets of k numbers from low to high, as sorted tuples, in random order."""
+    """Step 4: all multisets of k numbers from low to high, as sorted tuples, in random order."""
     seen, width = set(), high - low + 1
     while len(seen) < comb(width + k - 1, k) // 4:  # while most are fresh, drawing is cheaper than listing them all
         nums = tuple(sorted(low + int(rng.random() * width) for _ in range(k)))
@@ -261,20 +263,22 @@ def multisets(k, low, high, rng):
 
 
 def draw(k, wanted, args, rng, bar):
-    """Steps 1 to 4 for k numbers: {split: up to wanted[split] problems}."""
-    # By split: its problems; its multisets, each with its targets so far; how many problems these allow.
-    made, homes, room = {s: [] for s in wanted}, {s: {} for s in wanted}, dict.fromkeys(wanted, 0)
+    """Steps 4 to 7 for k numbers: {split: up to wanted[split] problems}."""
+    made = {split: [] for split in wanted}       # problems
+    used = {split: {} for split in wanted}       # multiset -> its targets so far
+    room = dict.fromkeys(wanted, 0)              # how many problems the multisets allow in all
 
     def give(split, nums):
         """One more problem from these numbers to this split, if there is one. Returns how many they allow."""
-        ways = count(nums)
-        fit, used = targets(ways[-1], args), homes[split].setdefault(nums, [])
-        if left := [t for t in fit if t not in used]:
-            used.append(left[int(rng.random() * len(left))])
+        ways, taken = count(nums), used[split].setdefault(nums, [])
+        fit = targets(ways[-1], args)
+        if left := [t for t in fit if t not in taken]:
+            target = left[int(rng.random() * len(left))]
+            taken.append(target)
             tables = {mask: dict.fromkeys(zip(ways[mask], repeat(1))) for mask in range(1, len(ways) - 1)}
-            solution = min(map(text, expressions(nums, (used[-1], 1), tables, every=False)), key=len)
-            made[split].append({"nums": rng.sample(nums, k), "target": used[-1], "solution": solution,
-                                "difficulty": fit[used[-1]]})
+            solution = min(map(text, expressions(nums, (target, 1), tables, every=False)), key=len)
+            problem = {"nums": rng.sample(nums, k), "target": target, "solution": solution, "difficulty": fit[target]}
+            made[split].append(problem)
             bar.update()
         return len(fit)
 
@@ -284,9 +288,9 @@ def draw(k, wanted, args, rng, bar):
             break
         split = min(short, key=lambda split: room[split] / wanted[split])  # so that a small space is shared out evenly
         room[split] += give(split, nums)
-    for split in wanted:
+    for split in wanted:  # no fresh multiset is left
         while len(made[split]) < min(wanted[split], room[split]):
-            for nums in homes[split]:
+            for nums in used[split]:
                 if len(made[split]) < wanted[split]:
                     give(split, nums)
     return made
@@ -294,7 +298,7 @@ def draw(k, wanted, args, rng, bar):
 
 # ---- Teacher.
 def teach(nums, target, rand, max_lines, give_up, aim, max_value):
-    """Step 5: the trace and its answer, the last line's expression, right or wrong. No line comes twice."""
+    """Step 8: the trace and its answer, the last line's expression, right or wrong. No line comes twice."""
     lines, max_value = {}, max(max_value, *nums)  # line -> (verdict, expression), in the order of play
     for _ in range(50 * max_lines):  # few numbers give few lines: a bound, lest we wait for one that is not there
         for _ in range(200 if aim and rand() < aim else 1):  # 200: enough to hit with 3 numbers, nearly always
@@ -337,22 +341,19 @@ def write(expression):
 
 # ---- Files.
 def save(folder, files):
-    """Write {name: rows} under temporary names, then put them all in the place of what an earlier run left there."""
-    temporary = {folder / f".{name}.tmp": folder / name for name in files}
+    """Write {name: rows} into a temporary folder, then let them replace all that an earlier run left in this one."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path, rows in zip(temporary, files.values()):
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
-        for name in ("train", "val", "test", "sft"):  # an old val.jsonl could share multisets with the new train.jsonl
-            (folder / f"{name}.jsonl").unlink(missing_ok=True)
-        for path, final in temporary.items():
-            os.replace(path, final)
+        with tempfile.TemporaryDirectory(dir=folder) as new:
+            for name, rows in files.items():
+                lines = "".join(json.dumps(row) + "\n" for row in rows)
+                Path(new, name).write_text(lines, encoding="utf-8", newline="\n")
+            for name in ("train", "val", "test", "sft"):  # an old val.jsonl could share multisets with new train rows
+                (folder / f"{name}.jsonl").unlink(missing_ok=True)
+            for name in files:
+                os.replace(Path(new, name), folder / name)
     except OSError as e:
         fail(f"--out {folder}: cannot write there ({e.strerror or e})")
-    finally:
-        for path in temporary:
-            if path.exists():
-                path.unlink()
 
 
 def main(argv=None):
@@ -360,9 +361,8 @@ def main(argv=None):
     rng, folder = random.Random(args.seed), Path(args.out)
     wanted = {split: n for split in ("test", "val", "train") if (n := getattr(args, split))}
     most = args.max_target * sum(comb(args.max_number - args.min_number + k, k) for k in args.numbers)
-    if sum(wanted.values()) > most:
-        fail(f"--train, --val and --test ask for {sum(wanted.values())} problems; these flags allow at most "
-             f"{most}: ask for fewer, or raise --max_number or --max_target")
+    if (n := sum(wanted.values())) > most:
+        fail(f"--train, --val and --test ask for {n} problems, more than the {most} of --max_number and --max_target")
     if folder.is_file():
         fail(f"--out {folder}: is a file, not a folder")
     problems = {split: [] for split in wanted}
@@ -371,20 +371,19 @@ def main(argv=None):
             share = {split: -(-(n - len(problems[split])) // (len(args.numbers) - done)) for split, n in wanted.items()}
             for split, made in draw(k, {s: n for s, n in share.items() if n}, args, rng, bar).items():
                 problems[split] += made
-    if any(len(problems[split]) < n for split, n in wanted.items()):
-        there = ", ".join(f"{len(some)} of {wanted[split]} for --{split}" for split, some in problems.items())
-        fail(f"not enough problems with these flags, {there}: ask for fewer, or raise --max_number or --max_target")
+    if short := [f"{len(some)} of {wanted[s]} for --{s}" for s, some in problems.items() if len(some) < wanted[s]]:
+        fail(f"only {', '.join(short)} fit these flags: ask for fewer, or raise --max_number, --max_target or --max_search")
 
-    def taught(some, name, times=1):
-        return [{**row, **teach(row["nums"], row["target"], rng.random, args.max_lines, args.give_up, args.aim,
-                                args.max_value)}
-                for row in tqdm(some, desc=f"traces of {name}", delay=2, disable=None) for _ in range(times)]
+    def taught(some, name):
+        knobs = args.max_lines, args.give_up, args.aim, args.max_value
+        some = tqdm(some, desc=f"traces of {name}", delay=2, disable=None)
+        return [{**row, **teach(row["nums"], row["target"], rng.random, *knobs)} for row in some]
 
     for some in problems.values():
         rng.shuffle(some)
     files = {f"{split}.jsonl": taught(some, f"{split}.jsonl") for split, some in problems.items()}
     if args.traces and args.train:
-        files["sft.jsonl"] = taught(problems["train"], "sft.jsonl", args.traces)
+        files["sft.jsonl"] = taught([row for row in problems["train"] for _ in range(args.traces)], "sft.jsonl")
         rng.shuffle(files["sft.jsonl"])
     save(folder, files)
     for name, rows in files.items():
