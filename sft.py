@@ -56,7 +56,8 @@ def parse_args(argv):
     add_training_flags(p, lr=1e-5, warmup=0, lr_schedule="cosine", muon_lr=1e-2, save_every=500)
     a = p.parse_args(argv)
     check_training_flags(a)
-    check_flags(a, dict(max_length=2, eval_every=0, steps=1, epochs=1e-9, batch_size=1), (
+    check_flags(a, dict(max_length=2, eval_every=0, steps=1, epochs=0, batch_size=1), (
+        *((getattr(a, name) == 0, f"--{name} 0: must be above 0") for name in ("lr", "muon_lr", "epochs")),
         (a.steps and a.warmup >= a.steps, f"--warmup {a.warmup}: must be below --steps, {a.steps}"),
         (a.batch_size % WORLD, f"--batch_size {a.batch_size}: must be a multiple of the {WORLD} processes"),
         (a.lora_rank and a.model == "tiny", "--lora_rank: a new `--model tiny` has no base to adapt; leave it out")))
@@ -167,21 +168,33 @@ def set_end(model, tok, end):
 
 
 # ------------------------------------------------------------------------------------------- 3., 4. loss
-def sums(logps, rows, device, args, scale=None, stop=None):
+def sums(logps, optimizer, rows, device, args, scale=None, stop=None):
     """-> [3] over this process's share of the rows: cross-entropy of the completions, how many of their tokens are the likeliest,
-    how many there are. With `scale`, the weights also get the gradient of scale * cross-entropy."""
-    total, spare = torch.zeros(3), [{**rows[0], "prompt": len(rows[0]["ids"])}] * (-len(rows) % WORLD)
+    how many there are. With `scale`, the weights also get the gradient of scale * cross-entropy. Where the GPU's memory is too
+    small, all of it is done again in smaller micro-batches."""
+    spare = {**rows[0], "prompt": len(rows[0]["ids"])}          # has no completion: with it, all processes get as many rows
+    mine = sorted(rows + [spare] * (-len(rows) % WORLD), key=lambda row: -len(row["ids"]))[RANK::WORLD]
+    total = torch.zeros(3, dtype=torch.float64, device=device)
 
     def one(batch):
         ids, prompt_lengths, mask = (x.to(device) for x in batch)
         logp, hit = logps(ids, prompt_lengths, mask, extra="hit")                                  # [n, T]; 0 where mask is
         if scale is not None:
             (-logp.sum() * scale).backward()
-        total.add_(torch.stack([-logp.detach().sum(), hit.sum(), mask.sum()]).cpu())
+        total.add_(torch.stack([-logp.detach().sum(), hit.sum(), mask.sum()]))
 
-    mine = sorted(rows, key=lambda row: -len(row["ids"]))[RANK::WORLD] if not spare else (rows + spare)[RANK::WORLD]
-    passes(micro_batches(mine, args.micro_batch_size), one, stop, args.fsdp)
-    return total
+    while True:
+        total.zero_()
+        optimizer.zero_grad()
+        try:
+            passes(micro_batches(mine, args.micro_batch_size), one, stop, args.fsdp)
+            return total.cpu()
+        except torch.OutOfMemoryError:
+            if args.fsdp or args.micro_batch_size == 1:
+                raise
+        torch.cuda.empty_cache()                                # out of the except, which holds on to the memory
+        args.micro_batch_size //= 2
+        note(f"out of GPU memory: --micro_batch_size {args.micro_batch_size} from here on; what is learned stays the same")
 
 
 # ------------------------------------------------------------------------------------------- the run
@@ -215,18 +228,20 @@ def train(args, argv):
     set_end(base_lm(model), tok, end)
     plain = load(torch.device("cpu")) if args.fsdp and RANK == 0 else None if args.fsdp else model
     logps, optimizer = prepare(model, args, dtype), Optimizer(model, args)
-    done, bad, log = 0, 0, logger(args)
+    done, bad, saved, stop = 0, 0, -1, Stop()
     if folder:
         state = read_state(folder)
-        done, bad = state["step"], state["bad_steps"]
+        done, bad, saved = state["step"], state["bad_steps"], state["step"]
         optimizer.load_state(state)
+        del state
     if RANK == 0:
         open_folder(args, folder)                               # a model that does not load costs no run its folder
+    log = logger(args)
 
     def save_model(to):
         plain.save_pretrained(to)
         tok.save_pretrained(to)
-        set_end(base_lm(plain), tok, end).generation_config.save_pretrained(to)
+        base_lm(plain).generation_config.save_pretrained(to)
 
     def save():
         refresh(plain, model)
@@ -234,20 +249,20 @@ def train(args, argv):
         if RANK == 0:
             save_checkpoint(args.output_dir, done, args.keep, lambda to: (save_model(to), torch.save(state, to / "trainer.pt")))
         gather(0)
+        return done
 
     def evaluate():
         model.eval()
         with torch.no_grad():
-            loss, right, n = sum(gather(sums(logps, held_out, device, args)))
+            loss, right, n = sum(gather(sums(logps, optimizer, held_out, device, args, stop=stop))).tolist()
         model.train()
-        scores = {"eval_loss": float(loss / n), "eval_token_accuracy": float(right / n), "eval_tokens": int(n)}
-        log({"step": done, **scores})
-        note(f"step {done}  held-out: loss {scores['eval_loss']:.4f}  token accuracy {scores['eval_token_accuracy']:.3f}")
+        log({"step": done, "eval_loss": loss / n, "eval_token_accuracy": right / n, "eval_tokens": int(n)})
+        note(f"step {done}  held-out: loss {loss / n:.4f}  token accuracy {right / n:.3f}")
 
     model.train()
     begun, first, shown = time.perf_counter(), done, 0
     bar = tqdm(total=steps, initial=done, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
-    with Stop() as stop:
+    with stop:
         try:
             while True:
                 if held_out and done and (done == steps or args.eval_every and done % args.eval_every == 0):
@@ -255,7 +270,7 @@ def train(args, argv):
                 stop.check(everywhere=True)
                 if done == steps:
                     break
-                metrics = train_step(rows, model, logps, optimizer, device, args, done + 1, steps, stop)
+                metrics = train_step(rows, logps, optimizer, device, args, done + 1, steps, stop)
                 done, bad = done + 1, bad + 1 if metrics["skipped"] else 0
                 log(metrics)
                 now = time.perf_counter()
@@ -266,13 +281,15 @@ def train(args, argv):
                     (bar.set_postfix_str if not bar.disable else note)(LINE.format_map(metrics | {"left": left}))
                 if bad == BAD_STEPS:
                     text = "\n\n".join(tok.decode(row["ids"]) for row in rows_of_step(rows, done, args.batch_size, args.seed))
-                    (Path(args.output_dir) / "bad_rows.txt").write_text(text)
+                    if RANK == 0:
+                        (Path(args.output_dir) / "bad_rows.txt").write_text(text)
+                    gather(0)
                     fail(f"{bad} updates in a row were not finite; the last one's rows are in {args.output_dir}/bad_rows.txt. --resume goes "
                          "on before them; where it happens again, start anew with a lower --lr or --dtype float32")
                 if done == steps or args.save_every and done % args.save_every == 0:
-                    save()
+                    saved = save()
         except KeyboardInterrupt as stopped:
-            if not (Path(args.output_dir) / f"checkpoint-{done}").exists():
+            if saved < done:
                 save()
             leave(stopped, done, steps, argv)
         finally:
@@ -290,26 +307,17 @@ def train(args, argv):
         note(f"the model is in {args.output_dir}")
 
 
-def train_step(rows, model, logps, optimizer, device, args, step, steps, stop):
+def train_step(rows, logps, optimizer, device, args, step, steps, stop):
     """One update -> its metrics. A stop before the update leaves the run as it was."""
     start, batch = time.perf_counter(), rows_of_step(rows, step, args.batch_size, args.seed)                                  # 3
     n_tokens = sum(len(row["ids"]) - row["prompt"] for row in batch)
-    factor = learning_rate(step, steps, args.warmup, args.lr_schedule)
     torch.manual_seed(args.seed * 1_000_003 + step)             # for a model with dropout
-    while True:
-        optimizer.zero_grad()
-        try:
-            share = sums(logps, batch, device, args, (WORLD if args.fsdp else 1) / n_tokens, stop)  # fsdp takes the mean      # 4
-            break
-        except torch.OutOfMemoryError:
-            if args.fsdp or args.micro_batch_size == 1:
-                raise
-        torch.cuda.empty_cache()                                # out of the except, which holds on to the memory
-        args.micro_batch_size //= 2
-        note(f"out of GPU memory: --micro_batch_size {args.micro_batch_size} from here on; the update is the same")
+    scale = (WORLD if args.fsdp else 1) / n_tokens              # fsdp takes the mean over the processes
+    share = sums(logps, optimizer, batch, device, args, scale, stop)                                                  # 4
     if not args.fsdp:
         optimizer.reduce()
     loss, right, _ = sum(gather(share)).tolist()
+    factor = learning_rate(step, steps, args.warmup, args.lr_schedule)
     norm = optimizer.step(factor, skip=not math.isfinite(loss))                                                       # 5
     seconds, tokens = time.perf_counter() - start, sum(len(row["ids"]) for row in batch)
     gpu = device.type == "cuda"

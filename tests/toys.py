@@ -1,6 +1,11 @@
 """A toy checkpoint and toy rows: what tests share. The tokenizer is one token a character, and its pad token is its end
 token, as in Qwen's base models; the model has more ids than the tokenizer, as most have."""
 import json
+import os
+import signal
+import socket
+import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -60,3 +65,49 @@ def save(folder, **kwargs):
         write(folder / "countdown" / f"{split}.jsonl", COUNTDOWN)
         write(folder / "gsm8k" / f"{split}.jsonl", GSM8K)
     return folder
+
+
+# ---------------------------------------------------------------- processes
+def as_process(rank, world):
+    """Makes this process number `rank` of `world`, in all modules that took these numbers over when they were imported."""
+    for module in map(sys.modules.get, ("runs", "models", "sft", "grpo", "eval")):
+        if hasattr(module, "RANK"):
+            module.RANK = rank
+        if hasattr(module, "WORLD"):
+            module.WORLD = world
+
+
+def fork(main, argv, env=(), rank=0, world=1, before=lambda: None, cpu_seconds=0):
+    """main(argv) in a process that need not import torch once more, killed after so many seconds of CPU. -> its id"""
+    sys.stdout.flush(), sys.stderr.flush()
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        signal.alarm(120)                                       # a dead-lock fails one test, not the suite
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)       # SIGPROF ends a process like SIGKILL: no handler, no clean-up
+        os.environ.update(env)
+        as_process(rank, world)
+        before()
+        main(argv)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def exit_code(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def together(main, world, argv, before=lambda rank: None, env=()):
+    """The same command in `world` processes. -> their exit codes"""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        env = dict(env, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    pids = [fork(main, argv, env | {"RANK": str(r), "LOCAL_RANK": str(r)}, r, world, lambda r=r: before(r)) for r in range(world)]
+    return [exit_code(pid) for pid in pids]
