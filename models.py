@@ -5,6 +5,7 @@ sft.py, grpo.py and eval.py share this file, so that any of them takes any model
 Every kind of policy (whole, LoRA, QLoRA, sharded) is trained and saved by the same code. What it amounts to as one whole plain
 model, `refresh` writes: that is what grpo.py samples from, and what --merge and the end of a run save.
 """
+import json
 import math
 import types
 from pathlib import Path
@@ -27,26 +28,38 @@ transformers.utils.logging.disable_progress_bar()
 
 
 # ------------------------------------------------------------------------------------------- tokenizers
+def base_of(name):
+    """What the adapter in the folder `name` adapts; of any other model, `name` itself."""
+    config = Path(name) / "adapter_config.json"
+    try:
+        return json.loads(config.read_text())["base_model_name_or_path"] if config.exists() else name
+    except (OSError, ValueError, KeyError):
+        fail(f"--model {name}: its adapter_config.json names no base model")
+
+
 def load_tokenizer(name, chat_template=None, trust_remote_code=False, train=False):
     """-> tokenizer, ids that end a completion (models have several), length of the model's context. Refuses what cannot work, with
     train=True what cannot be trained either."""
-    if train and (Path(name) / "adapter_config.json").exists():
+    base = base_of(name)
+    if train and base != name:
         fail(f"--model {name} is an adapter: train on from its merged/, which --merge writes")
-    if not Path(name).is_dir():                                 # one look at the hub: without a network transformers would
+    if not Path(base).is_dir():                                 # one look at the hub: without a network transformers would
         try:                                                    # try again for a minute
-            huggingface_hub.model_info(name, timeout=10)
+            huggingface_hub.model_info(base, timeout=10)
         except Exception as err:
             huggingface_hub.constants.HF_HUB_OFFLINE = not isinstance(err, huggingface_hub.errors.HfHubHTTPError)
-    elif not (Path(name) / "config.json").exists():
-        inner = ", ".join(sorted(path.parent.name for path in Path(name).glob("*/*config.json"))) or "nothing"
-        fail(f"--model {name}: holds no config.json; of the folders in it {inner} does")
+    elif not (Path(base) / "config.json").exists():
+        inner = ", ".join(sorted({path.parent.name for path in Path(base).glob("*/*config.json")})) or "nothing"
+        fail(f"--model {base}: holds no config.json; of the folders in it {inner} does")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).get_text_config()
+        own = (Path(name) / "tokenizer_config.json").exists()
+        tokenizer = AutoTokenizer.from_pretrained(name if own else base, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).get_text_config()
     except Exception as err:                                    # any of a dozen kinds, for what is one thing to the user
         if "trust_remote_code" in str(err):
             fail(f"--model {name} comes with code of its own: read it, then pass --trust_remote_code to run it")
-        fail(f"--model {name}: neither a folder with a model nor a hub id that can be reached now ({str(err)[:200]})")
+        of = "" if base == name else f"{base}, the base of this adapter, is "
+        fail(f"--model {name}: {of}neither a folder with a model nor a hub id that can be reached now ({str(err)[:200]})")
     scaled = [k for k in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, k, None) not in (None, 1)]
     if train and scaled:
         fail(f"--model {name}: it scales its logits ({scaled[0]}), which a head in chunks would leave out")
@@ -54,7 +67,7 @@ def load_tokenizer(name, chat_template=None, trust_remote_code=False, train=Fals
     if not tokenizer.chat_template:
         fail(f"--model {name}: its tokenizer has no chat template; pass one with --chat_template FILE (Jinja)")
     try:
-        ends = GenerationConfig.from_pretrained(name).eos_token_id
+        ends = GenerationConfig.from_pretrained(base).eos_token_id
     except OSError:                                             # no such file: transformers would make it of the config
         ends = config.eos_token_id
     eos_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
@@ -71,22 +84,29 @@ def prompt_ids(tokenizer, rows, style, before=lambda row: ()):
             system, problem = rewards.messages(row["task"], row, style)
             texts.append(tokenizer.apply_chat_template([system, *before(row), problem], tokenize=False, add_generation_prompt=True))
     except jinja2.TemplateError as err:
-        fail(f"the chat template does not take the prompt ({err}); pass another with --chat_template FILE (Jinja)")
+        fail(f"--model {tokenizer.name_or_path}: its chat template does not take the prompt ({err}); pass another with --chat_template FILE (Jinja)")
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
 # ------------------------------------------------------------------------------------------- models
 def load_lm(name, device, dtype, load_in_4bit=False, trust_remote_code=False):
-    """The causal language model `name`, in `dtype` or in nf4 with double quantisation, in eval mode."""
+    """The causal language model `name`, in `dtype` or in nf4 with double quantisation, in eval mode. Of an adapter's folder: its
+    base with the adapter merged into it."""
     kwargs = dict(device_map={"": device}, quantization_config=transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype)) if load_in_4bit else {}
     try:
-        lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs)
+        lm, found = AutoModelForCausalLM.from_pretrained(base_of(name), dtype=dtype, trust_remote_code=trust_remote_code,
+                                                         output_loading_info=True, **kwargs)
+        if base_of(name) != name:
+            import peft
+            lm = peft.PeftModel.from_pretrained(lm, name).merge_and_unload()
     except torch.OutOfMemoryError:
         raise
     except Exception as err:                                    # a damaged file, a missing package, an unknown architecture
         fail(f"--model {name}: cannot be loaded ({' '.join(str(err).split())[:200]})")
+    if found["missing_keys"]:                                   # transformers would go on with random numbers in their place
+        fail(f"--model {name}: its files lack weights ({', '.join(sorted(found['missing_keys']))[:200]})")
     for module in lm.modules():                                 # on a CPU a first pass would repack 4-bit weights, and break them
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -279,6 +299,8 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state(self, state):
+        if {name: w.shape for name, w in state["weights"].items()} != {name: p.shape for name, p in zip(self.names, self.parameters)}:
+            fail("the checkpoint is of another model than --model")
         for name, p in zip(self.names, self.parameters):
             shard = (lambda x: distribute_tensor(x.to(p.device), p.device_mesh, p.placements)) if isinstance(p, DTensor) else \
                 (lambda x: x.to(p.device))
