@@ -301,6 +301,8 @@ class Optimizer:
     def load_state(self, state):
         if {name: w.shape for name, w in state["weights"].items()} != {name: p.shape for name, p in zip(self.names, self.parameters)}:
             fail("the checkpoint is of another model than --model")
+        if {name: w.shape for name, w in state["weights"].items()} != {name: p.shape for name, p in zip(self.names, self.parameters)}:
+            fail("the checkpoint is of another model than --model")
         for name, p in zip(self.names, self.parameters):
             shard = (lambda x: distribute_tensor(x.to(p.device), p.device_mesh, p.placements)) if isinstance(p, DTensor) else \
                 (lambda x: x.to(p.device))

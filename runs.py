@@ -190,7 +190,7 @@ class Stop:
     def on_signal(self, number, frame):
         self.signal = self.signal or number
         signal.signal(signal.SIGINT, signal.SIG_DFL)            # SIGTERM may come twice, from a cluster and from torchrun
-        note("stopping: saving a checkpoint first; Ctrl-C leaves at once")
+        RANK or os.write(2, b"\nstopping: saving a checkpoint first; Ctrl-C leaves at once\n")     # not print: it may be at work
 
     def check(self, everywhere=False):
         """Raises KeyboardInterrupt(number) if a signal came to this process, or to any (all must ask)."""
@@ -277,12 +277,17 @@ def find_checkpoint(args, free):
     """Before a model loads: the newest whole checkpoint that --resume goes on from, or None for a new run. Another run's folder
     is never written to by mistake, nor is this one's with other flags; `free` names those that may change, as they do not
     change what is learned."""
-    out = Path(args.output_dir)
+    out, again = Path(args.output_dir), False
     with contextlib.suppress(OSError, ValueError):              # torchrun --max-restarts begins anew with the same flags
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and json.loads((out / "args.json").read_text())["launcher"] == LAUNCHER:
-            args.resume = bool(checkpoints(out))
-            args.overwrite = not args.resume
-        args.micro_batch_size = min(args.micro_batch_size, int((out / "micro_batch_size").read_text()))
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            again = json.loads((out / "args.json").read_text()).get("launcher") == LAUNCHER
+    if again:
+        args.resume = bool(checkpoints(out))
+        args.overwrite = not args.resume
+    with contextlib.suppress(OSError, ValueError):              # see one_line
+        if (again or args.resume) and (size := int((out / "micro_batch_size").read_text())) < args.micro_batch_size:
+            args.micro_batch_size = size
+            note(f"--micro_batch_size {size}: the memory was too small for more")
     if not args.resume:
         if not args.overwrite and (checkpoints(out) or any((out / name).exists() for name in ("args.json", "config.json"))):
             fail(f"--output_dir {out} holds a run: --resume goes on with it, --overwrite drops it")
@@ -327,9 +332,10 @@ def open_folder(args, folder):
 def read_state(folder):
     """What torch.save wrote into a checkpoint: tensors and plain values alone, so that no code comes with it."""
     try:
-        return torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
+        state = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
+        return state if {"weights", "moments"} <= state.keys() else fail(f"{folder}/trainer.pt does not hold the state of a run")
     except Exception as err:                                    # of many kinds
-        fail(f"{folder}/trainer.pt does not hold the state of a run ({str(err).splitlines()[0][:200]})")
+        fail(f"{folder}/trainer.pt does not hold the state of a run ({str(err)[:200]})")
 
 
 def move_in(tmp, out):
@@ -348,12 +354,16 @@ def one_line(args):
     except torch.OutOfMemoryError:
         if args.fsdp and args.micro_batch_size > 1:             # the others wait for a part of this pass that will not come
             (Path(args.output_dir) / "micro_batch_size").write_text(str(args.micro_batch_size // 2))
-            fail(f"out of GPU memory: the next start takes --micro_batch_size {args.micro_batch_size // 2}; torchrun --max-restarts 9 "
-                 "makes it by itself, else --resume")
+            fail(f"out of GPU memory: start again with --micro_batch_size {args.micro_batch_size // 2}, with --resume if there is a "
+                 "checkpoint; torchrun --max-restarts 9 does so by itself")
         fail("out of GPU memory: take a smaller --micro_batch_size, --activation_checkpointing, --lora_rank 32 or --load_in_4bit; "
              "then --resume")
     except (OSError, SafetensorError) as err:                   # a full disk, most of all
-        fail(f"--output_dir {args.output_dir}: {err}; checkpoints in it are whole: make room, then --resume")
+        kept = "; its checkpoints are whole: make room, then --resume" if checkpoints(args.output_dir) else ""
+        fail(f"--output_dir {args.output_dir}: {err}{kept}")
+    except KeyboardInterrupt:                                   # while the model loads or the final one is written
+        note("stopped" + ("; --resume goes on" if checkpoints(args.output_dir) else " before the first step"))
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 # ------------------------------------------------------------------------------------------- logs

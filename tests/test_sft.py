@@ -511,7 +511,7 @@ def test_a_wrong_command_line_gets_one_line(toy, tmp_path, monkeypatch, capfd, m
     (tmp_path / "FILE").write_text("a file")
     (tmp_path / "QUOTE").write_text("--model 'tiny")
     (tmp_path / "EMPTY").mkdir()
-    toys.write(tmp_path / "ADAPTER" / "adapter_config.json", [{}])
+    toys.write(tmp_path / "ADAPTER" / "adapter_config.json", [{"base_model_name_or_path": "EMPTY"}])
     toys.model().save_pretrained("DAMAGED"), toys.tokenizer().save_pretrained("DAMAGED")
     os.truncate("DAMAGED/model.safetensors", 3000)
     toys.model().save_pretrained("NOTEMPLATE"), toys.tokenizer(None).save_pretrained("NOTEMPLATE")
