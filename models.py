@@ -84,7 +84,8 @@ def prompt_ids(tokenizer, rows, style, before=lambda row: ()):
             system, problem = rewards.messages(row["task"], row, style)
             texts.append(tokenizer.apply_chat_template([system, *before(row), problem], tokenize=False, add_generation_prompt=True))
     except jinja2.TemplateError as err:
-        fail(f"--model {tokenizer.name_or_path}: its chat template does not take the prompt ({err}); pass another with --chat_template FILE (Jinja)")
+        fail(f"--model {tokenizer.name_or_path}: its chat template does not take the prompt ({err}); pass another with "
+             "--chat_template FILE (Jinja)")
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
@@ -299,8 +300,6 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state(self, state):
-        if {name: w.shape for name, w in state["weights"].items()} != {name: p.shape for name, p in zip(self.names, self.parameters)}:
-            fail("the checkpoint is of another model than --model")
         if {name: w.shape for name, w in state["weights"].items()} != {name: p.shape for name, p in zip(self.names, self.parameters)}:
             fail("the checkpoint is of another model than --model")
         for name, p in zip(self.names, self.parameters):
