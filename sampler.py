@@ -57,7 +57,7 @@ def generate(model, prompts, noise, *, max_new_tokens, temperature, eos_ids, pad
     rows, done = torch.arange(n, device=device), torch.zeros(n, dtype=torch.bool, device=device)      # rows still in the batch
     tokens, length = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device), torch.full((n,), max_new_tokens, device=device)
     logps = torch.zeros(n, max_new_tokens, device=device)
-    stop, forbid = torch.tensor(sorted(eos_ids), device=device), torch.tensor(forbid, dtype=torch.long, device=device)
+    stop, forbid = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device), torch.tensor(forbid, dtype=torch.long, device=device)
     noise, temperature = None if noise is None else noise.to(device), temperature or 1.0
     for t in range(max_new_tokens):
         check()
@@ -151,7 +151,7 @@ class Sampler:
             buffer[:n].unflatten(0, (-1, G))[..., :W, :] = prompt[:, None]
         self.bias.fill_(torch.finfo(self.bias.dtype).min / 4)   # finite: a stretch of nothing but padding must not give NaN
         self.bias[:n, :W].masked_fill_(mask.repeat_interleave(G, 0).bool(), 0)
-        self.ends.fill_(False)[sorted(eos_ids)] = True
+        self.ends.fill_(False)[torch.tensor(sorted(eos_ids), dtype=torch.long)] = True
         self.row.copy_(torch.arange(len(self.row)))             # of the results, for each row of the batch
         self.position.zero_()[:n] = mask.sum(1).repeat_interleave(G) - 1     # of the last token there is
         self.t.zero_()

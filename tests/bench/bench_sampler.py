@@ -1,104 +1,160 @@
-"""Useful sampled tokens a second, grpo.generate against transformers' generate: completions of ragged length, ends at random.
+"""Useful sampled tokens a second: sampler.Sampler, sampler.generate and transformers' generate, and the fraction of the physical
+limit that they reach. A model of the true shape with random weights is built on the device.
 
-Useful are the tokens up to a completion's end; what is sampled in a row after it is waste. Without --model, the tiny model of
-sft.py with random weights gets an end token whose probability is 1 / --mean_length at every position: lengths are geometric, cut
-off at the limit. Both sample from the model's own distribution (no top-k, no top-p), the same left-padded prompts, in one batch,
-alternately; ours draws its noise within the time measured.
+Useful are the tokens up to a completion's end; what is sampled in a row after it is waste. With --mean_length, so many ids end a
+completion that it comes about at random; without, all completions are --max_new_tokens long. All sample from the model's own
+distribution (no top-k, no top-p), the same prompts in one batch, alternately; ours draws its noise within the time measured.
 
-    python tests/bench/bench_sampler.py                      # 256 rows: 16 prompts x 16, limit 160
-    python tests/bench/bench_sampler.py --model runs/tiny-grpo
+The limit is the larger of two times: every step reads the weights and the keys and values of the rows alive once, at the copy
+bandwidth measured here; and every token costs 2 FLOPs a parameter and those of its attention, at the matrix rate measured here.
+
+    python tests/bench/bench_sampler.py                               # CPU: 16 prompts x 16, limit 160, mean 40
+    python tests/bench/bench_sampler.py --model runs/tiny-grpo        # a checkpoint, its own ends, Countdown prompts
+    python tests/bench/bench_sampler.py --shape qwen2.5-3b            # GPU: 32 prompts x 8, 512 tokens each
+    python tests/bench/bench_sampler.py --shape qwen2.5-3b --mean_length 330
 """
 import argparse
-import contextlib
-import io
-import math
 import os
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
+#                      hidden, MLP, layers, heads, KV heads, vocabulary, tied
+SHAPES = {"tiny": (128, 256, 3, 4, 4, 361, True), "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True),
+          "qwen2.5-3b": (2048, 11008, 36, 16, 2, 151936, True), "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, False)}
+
 p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-p.add_argument("--model", help="checkpoint folder; without it a tiny one is made")
+p.add_argument("--shape", choices=SHAPES, default="tiny", help="of the model that is made")
+p.add_argument("--model", help="checkpoint folder in its place; its prompts are Countdown problems")
 p.add_argument("--rounds", type=int, default=5, help="of each, after one that is not counted")
-p.add_argument("--prompts", type=int, default=16, help="in the batch")
-p.add_argument("--group_size", type=int, default=16, help="completions a prompt")
-p.add_argument("--max_new_tokens", type=int, default=160, help="tokens of a completion at most")
-p.add_argument("--mean_length", type=float, default=40, help="of the made model's completions, were there no limit")
+p.add_argument("--prompts", type=int, help="in the batch; 32, tiny: 16")
+p.add_argument("--group_size", type=int, help="completions a prompt; 8, tiny: 16")
+p.add_argument("--prompt_length", type=int, help="tokens of a prompt, half to all of it for each; 150, tiny: 50")
+p.add_argument("--max_new_tokens", type=int, help="tokens of a completion at most; 512, tiny: 160")
+p.add_argument("--mean_length", type=float, help="of completions, were there no limit; 0: none ends; 0, tiny: 40")
+p.add_argument("--samplers", nargs="+", default=["Sampler", "plain", "transformers"], help="that are compared; the ratio is to the last")
 p.add_argument("--threads", type=int, default=2, help="of the CPU")
 a = p.parse_args()
-os.environ |= {"OMP_NUM_THREADS": str(a.threads), "OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin stall a shared machine
+tiny = a.shape == "tiny"
+for flag, small, large in (("prompts", 16, 32), ("group_size", 16, 8), ("prompt_length", 50, 150), ("max_new_tokens", 160, 512),
+                           ("mean_length", 40, 0)):
+    if getattr(a, flag) is None:
+        setattr(a, flag, small if tiny else large)
+os.environ |= {"OMP_NUM_THREADS": str(a.threads)}
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")                   # threads that spin stall a shared machine
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import countdown  # noqa: E402
-import grpo  # noqa: E402
-import sft  # noqa: E402
+import sampler  # noqa: E402
 
 torch.set_num_threads(a.threads)
-folder, made = Path(tempfile.mkdtemp()), not a.model
-if made:
-    a.model, tokenizer = str(folder / "model"), sft.tiny_tokenizer()
-    sft.tiny_model(tokenizer, 0).save_pretrained(a.model)
-    tokenizer.save_pretrained(a.model)
-with contextlib.redirect_stdout(io.StringIO()):
-    countdown.main(["--out", str(folder), "--train", str(max(64, a.prompts)), "--test", "1", "--traces", "0",
-                    "--numbers", "3", "--max_number", "12", "--max_target", "40"])
-args = grpo.parse_args(["--model", a.model, "--data", f"countdown={folder}", "--max_new_tokens", str(a.max_new_tokens),
-                        "--beta", "0"])
-tokenizer, context = grpo.load_tokenizer(args)
-prompts = [row["prompt_ids"] for row in grpo.read_rows(args, tokenizer, context, args.data, "train")[:a.prompts]]
-run = grpo.build(args, tokenizer, prompts, [])
-model, ends, pad = run.sampler, sorted(run.eos_ids), tokenizer.pad_token_id or 0
+torch.manual_seed(0)
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def ends_at_random(module, inputs, logits):
-    """Gives the end token its probability, whatever the others' logits."""
-    logits[..., ends] = -math.inf
-    rest = logits.logsumexp(-1, keepdim=True)
-    logits[..., ends[:1]] = rest - math.log(a.mean_length - 1)
-    return logits
+def made():
+    hidden, mlp, layers, heads, kv_heads, vocabulary, tied = SHAPES[a.shape]
+    kind = transformers.Qwen2Config if "qwen" in a.shape else transformers.LlamaConfig
+    config = kind(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+                  num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=32768,
+                  initializer_range=0.08 if tiny else 0.02, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    with device:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    lengths = torch.linspace(a.prompt_length / 2, a.prompt_length, a.prompts).long().tolist()
+    prompts = [torch.randint(vocabulary, (n,)).tolist() for n in lengths]
+    return model.eval(), prompts, torch.randperm(vocabulary)[:round(vocabulary / a.mean_length)].tolist() if a.mean_length else []
 
 
-if made:
-    model.get_output_embeddings().register_forward_hook(ends_at_random)
+def loaded():
+    import random
+
+    import rewards
+    model = transformers.AutoModelForCausalLM.from_pretrained(a.model, dtype=dtype).to(device).eval()
+    tokenizer, rng = transformers.AutoTokenizer.from_pretrained(a.model), random.Random(0)
+    rows = [{"nums": [rng.randint(1, 12) for _ in range(3)], "target": rng.randint(1, 40)} for _ in range(a.prompts)]
+    prompts = [tokenizer.apply_chat_template(rewards.messages("countdown", row, "reasoning"), tokenize=True,
+                                             add_generation_prompt=True, return_dict=False) for row in rows]
+    return model, prompts, [tokenizer.eos_token_id]
 
 
-def ours(seed):
-    noise = grpo.uniforms(seed, 0, range(a.prompts * a.group_size), a.max_new_tokens)
-    ids, _ = grpo.generate(model, prompts, noise, group_size=a.group_size, max_new_tokens=a.max_new_tokens, temperature=1.0,
-                           eos_ids=ends, pad_id=pad)
-    return list(map(len, ids))
+model, prompts, ends = loaded() if a.model else made()
+fast, width = sampler.Sampler(model), max(map(len, prompts))
+keywords = dict(group_size=a.group_size, max_new_tokens=a.max_new_tokens, temperature=1.0, eos_ids=ends)
+
+
+def ours(sample, seed):
+    noise = sampler.uniforms(seed, 0, range(a.prompts * a.group_size), a.max_new_tokens)
+    return list(map(len, sample(prompts, noise, **keywords)[0]))
 
 
 @torch.inference_mode()
 def theirs(seed):
     torch.manual_seed(seed)
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(x)) + x for x in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts], device=model.device)
-    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=ends,
-                         num_return_sequences=a.group_size, max_new_tokens=a.max_new_tokens, pad_token_id=pad)[:, width:]
-    ended = torch.isin(out, torch.tensor(ends, device=out.device))
+    ids = torch.tensor([[0] * (width - len(x)) + x for x in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts], device=device)
+    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+                         eos_token_id=ends or None, num_return_sequences=a.group_size, max_new_tokens=a.max_new_tokens,
+                         pad_token_id=0)[:, width:]
+    ended = torch.isin(out, torch.tensor(ends, dtype=torch.long, device=device))
     return torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1]).tolist()
 
 
-rates, lengths = {"grpo.py": [], "generate": []}, {"grpo.py": [], "generate": []}
-for seed in range(a.rounds + 1):
-    for name, sample in (("grpo.py", ours), ("generate", theirs)):
+def seconds(run):
+    """Median of 5, after one"""
+    took = []
+    for _ in range(6):
+        device.type == "cuda" and torch.cuda.synchronize()
         start = time.perf_counter()
-        found = sample(seed)
+        run()
+        device.type == "cuda" and torch.cuda.synchronize()
+        took.append(time.perf_counter() - start)
+    return statistics.median(took[1:])
+
+
+def limit(lengths):
+    """Seconds that completions of these lengths take at the least: (bytes over bandwidth, FLOPs over matrix rate)"""
+    config = model.config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = sum(x.numel() for x in model.parameters())
+    if not config.tie_word_embeddings:
+        size -= model.get_input_embeddings().weight.numel()           # of which a step reads a few rows
+    starts = [len(x) for x in prompts for _ in range(a.group_size)]
+    context = sum(start * n + n * (n + 1) / 2 for start, n in zip(starts, lengths))         # columns that the tokens attend to
+    columns = context * 2 * config.num_hidden_layers * config.num_key_value_heads * head
+    flops = 2 * size * sum(lengths) + 4 * config.num_hidden_layers * config.num_attention_heads * head * context
+    return (max(lengths) * size + columns) * dtype.itemsize / bandwidth, flops / rate
+
+
+source = torch.zeros((2 ** 32 if device.type == "cuda" else 2 ** 28) // dtype.itemsize, dtype=dtype, device=device)
+target, n = torch.empty_like(source), 8192 if device.type == "cuda" else 1024
+bandwidth = 2 * source.nbytes / seconds(lambda: target.copy_(source))
+left, right = torch.randn(2, n, n, dtype=dtype, device=device)
+rate = 2 * n ** 3 / seconds(lambda: left @ right)
+del source, target, left, right
+print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'{a.threads} threads'}, torch {torch.__version__}, transformers "
+      f"{transformers.__version__}: copies {bandwidth / 1e9:,.0f} GB/s, multiplies {rate / 1e12:,.2f} TFLOP/s")
+print(f"{a.model or a.shape}: {sum(x.numel() for x in model.parameters()) / 1e6:,.1f} M parameters, {str(dtype)[6:]}; {a.prompts} prompts "
+      f"of at most {width} x {a.group_size}, at most {a.max_new_tokens} tokens; {a.rounds} alternating rounds", flush=True)
+
+run = {"Sampler": lambda seed: ours(fast, seed), "transformers": theirs,
+       "plain": lambda seed: ours(lambda *x, **y: sampler.generate(model, *x, **y), seed)}
+found = {name: [] for name in a.samplers}
+for seed in range(a.rounds + 1):
+    for name in a.samplers:
+        start = time.perf_counter()
+        lengths = run[name](seed)
         took = time.perf_counter() - start
         if seed:
-            rates[name].append(sum(found) / took)
-            lengths[name] += found
-size = sum(x.numel() for x in model.parameters()) / 1e6
-print(f"{size:.1f} M parameters, {str(model.dtype)[6:]}, {a.threads} threads; {a.prompts} prompts x "
-      f"{a.group_size}, at most {a.max_new_tokens} tokens; {a.rounds} alternating rounds")
-for name, rate in rates.items():
-    print(f"{name:9}  median {statistics.median(rate):,.0f} useful tokens/s  ({min(rate):,.0f} to {max(rate):,.0f}), mean completion "
-          f"{statistics.mean(lengths[name]):.1f} tokens, "
-          f"{sum(n == a.max_new_tokens for n in lengths[name]) / len(lengths[name]):.1%} at the limit")
-print(f"ratio      {statistics.median(rates['grpo.py']) / statistics.median(rates['generate']):.2f}")
+            found[name].append((sum(lengths) / took, max(limit(lengths)) / took, statistics.mean(lengths)))
+        elif name == "Sampler":
+            print(f"Sampler: {fast.plain or ('graphs, ' if fast.graphs else 'one operation at a time, ') + f'{took:.1f} s the first time'}")
+for name, rounds in found.items():
+    rates, fractions, means = zip(*rounds)
+    print(f"{name:12}  median {statistics.median(rates):,.0f} useful tokens/s  ({min(rates):,.0f} to {max(rates):,.0f}), mean "
+          f"completion {statistics.mean(means):.1f} tokens, {statistics.median(fractions):.1%} of the limit")
+first, *others = (statistics.median(rate for rate, *_ in rounds) for rounds in found.values())
+print(f"{a.samplers[0]} against", ", ".join(f"{name} {first / other:.2f}" for name, other in zip(a.samplers[1:], others)))
