@@ -429,6 +429,18 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(toy, tmp_
     assert all(torch.equal(before[k], after[k]) for k in before) and runs.is_whole(tmp_path / "checkpoint-4")
 
 
+@pytest.mark.parametrize("state, words", [
+    (lambda state: state | {"more": Path("code")}, "trainer.pt does not hold the state of a run"), (lambda state: {"step": 4}, "trainer.pt does not"),
+    (lambda state: state | {"weights": {}}, "of another model")])
+def test_a_sealed_checkpoint_that_holds_other_things_than_a_state_gets_one_line(toy, tmp_path, capfd, state, words):
+    argv, file = flags(toy, tmp_path, "--keep", 1), tmp_path / "checkpoint-4" / "trainer.pt"
+    sft.main(argv)
+    torch.save(state(torch.load(file)), file)
+    manifest = json.loads((file.parent / "manifest.json").read_text())
+    (file.parent / "manifest.json").write_text(json.dumps(manifest | {"trainer.pt": runs.seal(file)}))
+    assert runs.is_whole(file.parent) and words in refusal([*argv, "--resume"], capfd)
+
+
 def test_a_full_disk_stops_with_one_line_and_leaves_the_checkpoint_before_it(toy, tmp_path, monkeypatch, capfd):
     real = torch.save
 
@@ -470,6 +482,68 @@ def test_two_processes_learn_what_one_learns_and_their_checkpoint_goes_on_in_one
     shutil.rmtree(tmp_path / "two/checkpoint-4")
     sft.main(argv("two", "--resume", *alone))
     assert far(tmp_path / "one", tmp_path / "two") < 1e-5
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_two_processes_stop_together_after_a_micro_batch_when_one_is_told_to(toy, tmp_path, who, capfd):
+    argv = lambda out, *more: flags(toy, tmp_path / out, "--micro_batch_size", 1, "--save_every", 0, *more)
+
+    def told(rank):
+        def told(logps, *args, **kwargs):
+            calls.append(1)
+            (tmp_path / f"calls{rank}").write_text(str(len(calls)))
+            if rank == who and len(calls) == 5:                 # two micro-batches a step and process: the first of step 3
+                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)             # of a cluster and of torchrun
+            return logps(*args, **kwargs)
+        calls, sft.prepare = [], around(told)
+    assert together(2, argv("whole")) == [0, 0]
+    assert together(2, argv("cut"), told) == [128 + signal.SIGTERM] * 2
+    assert [(tmp_path / f"calls{rank}").read_text() for rank in (0, 1)] == ["5", "5"]
+    (step, folder), = runs.checkpoints(tmp_path / "cut").items()
+    err = capfd.readouterr().err
+    assert step == 2 and runs.is_whole(folder) and err.count("after step 2 of 4; go on with: torchrun --nproc_per_node 2 sft.py") == 1
+    assert together(2, argv("cut", "--resume")) == [0, 0]
+    assert same(tmp_path / "whole", tmp_path / "cut") and [m["step"] for m in metrics(tmp_path / "cut")] == [1, 2, 3, 4]
+
+
+def test_two_processes_halve_the_micro_batch_together_when_one_runs_out_of_memory(toy, tmp_path, capfd):
+    argv = lambda out: flags(toy, tmp_path / out, "--eval_data", f"countdown={toy / 'val.jsonl'}")
+
+    def small(rank):
+        def small(logps, ids, *args, **kwargs):
+            if rank == 1 and len(ids) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return logps(ids, *args, **kwargs)
+        sft.prepare = around(small)
+    sft.main(argv("one"))
+    assert together(2, argv("two"), small) == [0, 0]
+    assert capfd.readouterr().err.count("--micro_batch_size 1 from here on") == 1 and far(tmp_path / "one", tmp_path / "two") < 1e-5
+
+
+def out_of_memory_in_one(rank):
+    """What process 1 does not have the memory for is its third pass, as long as that has two rows."""
+    def third(logps, ids, *args, **kwargs):
+        calls.append(1)
+        if rank == 1 and len(calls) == 3 and len(ids) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logps(ids, *args, **kwargs)
+    calls, sft.prepare = [], around(third)
+
+
+@pytest.mark.parametrize("save_every", [1, 0])
+def test_a_sharded_run_out_of_memory_ends_with_one_line_and_torchruns_restart_goes_on_in_half_the_size(toy, tmp_path, capfd, save_every):
+    argv = lambda out: flags(toy, tmp_path / out, "--fsdp", "--save_every", save_every)
+    assert together(2, argv("whole")) == [0, 0]
+    capfd.readouterr()
+    codes = together(2, argv("cut"), out_of_memory_in_one)      # process 0 waits for a part of the pass until 1 is gone
+    lines = [line for line in capfd.readouterr().err.splitlines() if "out of GPU memory" in line]
+    assert codes[0] != 0 and codes[1] == 2 and len(lines) == 1 and "--micro_batch_size 1" in lines[0]
+    assert (tmp_path / "cut" / "micro_batch_size").read_text() == "1"
+    assert list(runs.checkpoints(tmp_path / "cut")) == ([1, 2] if save_every else [])
+    assert together(2, argv("cut"), out_of_memory_in_one, {"TORCHELASTIC_RESTART_COUNT": "1"}) == [0, 0]
+    assert far(tmp_path / "whole", tmp_path / "cut") < 1e-5 and [m["step"] for m in metrics(tmp_path / "cut")] == [1, 2, 3, 4]
+    assert "--micro_batch_size 1: the memory was too small" in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------- command lines
