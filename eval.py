@@ -20,84 +20,78 @@ Behaviours go by the rules at `BEHAVIOURS` and `tries`: by the words, not by wha
     python eval.py --curves runs/sft runs/grpo --output curves.png         # by report.py, as the next and all tables
     python eval.py --report runs/sft runs/grpo --output report.html        # a page on these runs and on --results
 """
-import argparse
 import json
 import math
 import os
 import re
-import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+import types
 from collections import Counter
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from statistics import fmean as mean
 
-import jinja2
-import huggingface_hub
-import numpy as np
 import torch
-import transformers
 from tqdm import tqdm
 
 import rewards
-
-transformers.utils.logging.disable_progress_bar()
+from models import load_lm, load_tokenizer, prompt_ids
+from runs import RANK, WORLD, Flags, check_flags, fail, gather, note, start_processes
+from sampler import Sampler, generate, uniforms
 
 REPORT = [sys.executable, str(Path(__file__).with_name("report.py"))]        # tables, pictures, pages: none needs a model
 
-def fail(message):
-    print(f"eval.py: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
 
-
-def parse(argv):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], fromfile_prefix_chars="@",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-    flag = p.add_argument_group("what is evaluated").add_argument
-    flag("--model", nargs="+", default=[], help="checkpoints: folders (full, or LoRA adapter) or hub ids")
-    flag("--data", nargs="+", default=["countdown"], metavar="SOURCE", help="TASK[=PATH][:N]")
-    flag("--split", choices=["train", "val", "test"], default="test", help="which part of the data")
-    flag("--limit", type=int, default=0, help="rows of each source at most; 0: all")
-    flag("--style", choices=rewards.STYLES, default="reasoning", help="name of the reasoning tag")
-    flag("--shots", nargs="+", default=[], metavar="SOURCE", help="solved rows before each problem of their task: TASK[=PATH]:N, "
-         "the first N of a train split")
-    flag("--chat_template", metavar="FILE", help="Jinja, for a tokenizer that has none")
-    flag("--trust_remote_code", action="store_true", help="run code that comes with a model")
-    flag = p.add_argument_group("sampling").add_argument
-    flag("--samples", type=int, default=1, help="completions for each problem (K)")
-    flag("--temperature", type=float, default=0.0, help="0: greedy")
-    flag("--max_new_tokens", type=int, default=1024, help="tokens of a completion at most")
-    flag("--batch_size", type=int, default=128, help="completions at a time; halved when GPU memory runs out")
-    flag("--forbid_after", nargs="+", default=[], metavar="TOKEN", help="A B ...: no token B right after a token A; "
-         "' no' '</reasoning>' is the control that may not give up after a miss")
-    flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
-    flag("--seed", type=int, default=0, help="noise is a function of seed, row and sample alone")
-    flag = p.add_argument_group("output").add_argument
-    flag("--output", default="runs/eval.json", metavar="FILE", help="the table as JSON; completions go beside it "
-         "(with --curves and --report: the picture, the page)")
-    flag("--harness", nargs="+", default=[], metavar="TASK[=FOLDER]:SHOTS", help="run lm-evaluation-harness on the models too; "
-         "FOLDER has {split}.jsonl in place of the task's hub data")
-    flag("--curves", nargs="+", metavar="RUN", help="evaluate nothing, draw the training curves of these runs")
-    flag("--report", nargs="+", metavar="RUN", help="evaluate nothing, write one HTML page on these runs")
-    flag("--results", metavar="FILE", help="with --report: the evaluation that it shows; default runs/eval.json")
+# ---------------------------------------------------------------------------------------- options
+def parse(argv=None):
+    p = Flags("eval.py", __doc__)
+    add = p.group("what is evaluated")
+    add("--model", nargs="+", default=[], help="checkpoints: folders (whole models or LoRA adapters) or hub ids")
+    add("--data", nargs="+", default=["countdown"], metavar="SOURCE", help="problems, as TASK[=PATH][:N]")
+    add("--split", choices=["train", "val", "test"], default="test", help="which part of the data")
+    add("--limit", type=int, default=0, help="rows of each source at most; 0: all")
+    add("--style", choices=rewards.STYLES, default="reasoning", help="name of the reasoning tag")
+    add("--shots", nargs="+", default=[], metavar="SOURCE", help="solved rows before each problem of their task: TASK[=PATH]:N, "
+        "the first N of a train split")
+    add("--chat_template", metavar="FILE", help="Jinja, for a tokenizer that has none")
+    add("--trust_remote_code", action="store_true", help="run code that comes with a model")
+    add = p.group("sampling")
+    add("--samples", type=int, default=1, help="completions for each problem (K)")
+    add("--temperature", type=float, default=0.0, help="0: greedy")
+    add("--max_new_tokens", type=int, default=1024, help="tokens of a completion at most")
+    add("--batch_size", type=int, default=128, help="completions at a time; halved when GPU memory runs out")
+    add("--sampler", choices=["auto", "plain"], default="auto",
+        help="auto: steps of fixed shape, on a GPU in captured graphs; plain: the simple loop")
+    add("--forbid_after", nargs="+", default=[], metavar="TOKEN", help="A B ...: no token B right after a token A; "
+        "' no' '</reasoning>' is the control that may not give up after a miss")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
+    add("--seed", type=int, default=0, help="noise is a function of seed, row and sample alone")
+    add = p.group("output")
+    add("--output", default="runs/eval.json", metavar="FILE", help="the table as JSON; completions go beside it "
+        "(with --curves and --report: the picture, the page)")
+    add("--harness", nargs="+", default=[], metavar="TASK[=FOLDER]:SHOTS", help="run lm-evaluation-harness on the models too; "
+        "FOLDER has {split}.jsonl in place of the task's hub data")
+    add("--curves", nargs="+", metavar="RUN", help="evaluate nothing, draw the training curves of these runs")
+    add("--report", nargs="+", metavar="RUN", help="evaluate nothing, write one HTML page on these runs")
+    add("--results", metavar="FILE", help="with --report: the evaluation that it shows; default runs/eval.json")
     args = p.parse_args(argv)
-    for bad, message in [
-        *((getattr(args, name) < least, f"--{name} {getattr(args, name)}: must be at least {least}")
-          for name, least in dict(samples=1, max_new_tokens=1, batch_size=1, limit=0, seed=0).items()),
+    if args.curves or args.report:
+        check_flags(args, {}, [(args.model, "--model: --curves and --report evaluate nothing")])
+        args.output = args.output if args.output != p.get_default("output") else None
+        return args
+    check_flags(args, dict(samples=1, max_new_tokens=1, batch_size=1, limit=0, seed=0, temperature=0), (
         (not args.model, "--model: name at least one checkpoint"),
         (len(set(args.model)) < len(args.model), "--model: the same checkpoint is named twice"),
-        (not 0 <= args.temperature < math.inf, f"--temperature {args.temperature}: must be 0 (greedy) or more"),
+        (args.seed >= 2 ** 64, f"--seed {args.seed}: must be below 2 ** 64"),
         (args.samples > 1 and args.temperature == 0,
          f"--samples {args.samples}: greedy completions are all the same; pass --temperature 1"),
         (len(args.forbid_after) == 1, "--forbid_after: needs a token, and those that may not follow it"),
         (args.chat_template and not os.path.isfile(args.chat_template), f"--chat_template {args.chat_template}: no such file"),
-        (not args.output.endswith(".json"), f"--output {args.output}: must end in .json"),
-    ]:
-        if bad:
-            fail(message)
+        (args.results, "--results: goes with --report"),
+        (not args.output.endswith(".json"), f"--output {args.output}: must end in .json")))
     return args
 
 
@@ -133,151 +127,63 @@ def read_data(args):
     return rows, turns
 
 
-def open_checkpoint(name, args, rows=(), shots={}):
-    """All of a checkpoint but its weights: where they are, tokenizer, end tokens, the prompts' ids. Refuses what cannot work."""
-    weights, code = name, {"trust_remote_code": args.trust_remote_code}
-    if adapter := os.path.exists(f"{name}/adapter_config.json"):
-        weights = json.loads(Path(name, "adapter_config.json").read_text())["base_model_name_or_path"]
-    elif os.path.isdir(name) and not os.path.exists(f"{name}/config.json"):
-        inner = ", ".join(sorted(path.parent.name for path in Path(name).glob("*/*config.json"))) or "nothing"
-        fail(f"--model {name}: holds no config.json or adapter_config.json; of the folders in it {inner} does")
-    if not os.path.isdir(weights):  # without a network look in the cache, and do not try again for a minute
-        try:
-            huggingface_hub.model_info(weights, timeout=10)
-        except Exception as e:
-            huggingface_hub.constants.HF_HUB_OFFLINE = not isinstance(e, huggingface_hub.errors.HfHubHTTPError)
-    try:
-        config = transformers.AutoConfig.from_pretrained(weights, **code)
-        own = os.path.exists(f"{name}/tokenizer_config.json")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name if own else weights, **code)
-    except (OSError, ValueError, KeyError) as e:
-        fail(f"--model {name}: no such folder, and no such model on the hub or no network ({str(e).strip().splitlines()[0]})")
-    if args.chat_template:
-        tokenizer.chat_template = Path(args.chat_template).read_text()
-    tokenizer.chat_template or fail(f"--model {name}: its tokenizer has no chat template; pass one with --chat_template FILE (Jinja)")
-    try:
-        ends = transformers.GenerationConfig.from_pretrained(weights).eos_token_id            # a list for Qwen2.5-Instruct
-    except OSError:
-        ends = None
-    eos_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    eos_ids or fail(f"--model {name}: neither its tokenizer nor its generation config names an end token")
-    prompts, context = [], getattr(config.get_text_config(), "max_position_embeddings", math.inf)
-    try:
-        for row in rows:
-            system, problem = rewards.messages(row["task"], row, args.style)
-            prompts.append(tokenizer.apply_chat_template([system, *shots.get(row["task"], []), problem], tokenize=True,
-                                                         add_generation_prompt=True, return_dict=False))
-    except jinja2.TemplateError as e:
-        fail(f"--model {name}: its chat template refuses the prompt ({e}); pass another with --chat_template FILE (Jinja)")
-    most = max(map(len, prompts), default=0)
-    if most + args.max_new_tokens > context:
-        fail(f"--max_new_tokens {args.max_new_tokens}: the longest prompt has {most} tokens, and {name} reads {context} in all")
+def open_checkpoint(name, args, rows=(), turns={}):
+    """All of a checkpoint but its weights: tokenizer, end tokens, the prompts' ids. Refuses what cannot work."""
+    tokenizer, eos_ids, context = load_tokenizer(name, args.chat_template, args.trust_remote_code)
+    prompts = prompt_ids(tokenizer, rows, args.style, before=lambda row: turns.get(row["task"], ()))
+    longest = max(map(len, prompts), default=0)
+    if longest + args.max_new_tokens > context:
+        fail(f"--max_new_tokens {args.max_new_tokens}: the longest prompt has {longest} tokens, and {name} reads {context} in all")
     forbid = [tokenizer.encode(text, add_special_tokens=False) for text in args.forbid_after]
     if any(len(ids) != 1 for ids in forbid):
         fail(f"--forbid_after: {list(map(len, forbid))} tokens for {name}; each must be one")
-    return dict(name=name, weights=weights, adapter=adapter, tokenizer=tokenizer, eos_ids=sorted(eos_ids), prompts=prompts,
-                forbid=[ids[0] for ids in forbid])
-
-
-def load_model(checkpoint, args, device):
-    """A full checkpoint, or base and adapter merged in memory."""
-    dtype = getattr(torch, args.dtype) if args.dtype != "auto" else torch.float32 if device == "cpu" else torch.bfloat16
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint["weights"], dtype=dtype,
-                                                                  trust_remote_code=args.trust_remote_code)
-        if checkpoint["adapter"]:
-            from peft import PeftModel
-            model = PeftModel.from_pretrained(model, checkpoint["name"]).merge_and_unload()
-    except (OSError, ValueError, KeyError) as e:
-        fail(f"--model {checkpoint['name']}: {str(e).strip().splitlines()[0]}")
-    return model.to(device).eval()
+    return types.SimpleNamespace(name=name, tokenizer=tokenizer, eos_ids=eos_ids, prompts=prompts, forbid=[ids[0] for ids in forbid])
 
 
 # ---------------------------------------------------------------------------------------- 2. sampling
-def uniforms(seed, row, n, length):
-    """[n, length] numbers in [0, 1) for the n completions of a row: they depend on (seed, row, completion) alone."""
-    streams = (np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, sample, row])) for sample in range(n))
-    return torch.from_numpy(np.stack([stream.random(length, dtype=np.float32) for stream in streams]))
-
-
-def pick(logits, temperature, u):
-    """logits [n, V], u [n] uniform or None (greedy) -> ids [n]"""
-    if u is None:
-        return logits.argmax(-1)
-    mass = (logits.float() / temperature).softmax(-1).cumsum(-1)   # inverse CDF: the first id whose cumulated mass exceeds u
-    return torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-
-
-@torch.inference_mode()
-def generate(model, prompts, noise, *, max_new_tokens, temperature, eos_ids, group_size=1, forbid=()):
-    """P prompts (lists of ids), each prefilled once and forked -> P * group_size completions (lists of ids that end with
-    an end token, unless cut off). noise: [P * group_size, max_new_tokens] from `uniforms`, or None for greedy.
-    Finished rows leave the batch. forbid: (a, b, ...): no token b right after a token a."""
-    assert not model.training, "sampling in training mode with activation checkpointing drops the cache without a word"
-    device, width = model.device, max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)               # left-padded [P, W]
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)   # by length, not by id
-    padded = bool((mask == 0).any())
-    out = model(input_ids=ids, attention_mask=mask if padded else None, use_cache=True, logits_to_keep=1,
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0))
-    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(group_size, 0)        # [n, V]
-    cache.batch_repeat_interleave(group_size)
-    mask = mask.repeat_interleave(group_size, 0)
-    position = mask.sum(1)                                                                         # [n] of the next token
-    rows, done = torch.arange(len(mask), device=device), torch.zeros(len(mask), dtype=torch.bool, device=device)
-    tokens = torch.full((len(mask), max_new_tokens), -1, device=device)                            # -1: after the end
-    stop, forbid = torch.tensor(eos_ids, device=device), torch.tensor(forbid, dtype=torch.long, device=device)
-    noise = None if noise is None else noise.to(device)
-    for t in range(max_new_tokens):
-        if len(forbid) and t:
-            after = (token == forbid[0]).nonzero()                                                 # [m, 1]
-            logits = logits.index_put((after, forbid[1:]), logits.new_tensor(-math.inf))
-        token = pick(logits, temperature, None if noise is None else noise[rows, t])
-        tokens[rows, t] = token.masked_fill(done, -1)
-        done = done | torch.isin(token, stop)
-        alive = len(done) - int(done.sum())
-        if not alive or t + 1 == max_new_tokens:
-            break
-        if alive <= 0.9 * len(done):                   # a drop copies the cache: not one for every row that ends
-            keep = (~done).nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            rows, done, token, mask, position = rows[keep], done[keep], token[keep], mask[keep], position[keep]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        out = model(input_ids=token[:, None], attention_mask=mask if padded else None, position_ids=position[:, None],
-                    past_key_values=cache, use_cache=True)
-        logits, position = out.logits[:, -1], position + 1
-    return [[i for i in row if i >= 0] for row in tokens.tolist()]
-
-
-def evaluate(model, checkpoint, rows, args, file, rank=0, world=1):
-    """Samples and scores this process's share of the rows; completions go to `file` as soon as they are scored."""
-    prompts, K, records, size = checkpoint["prompts"], args.samples, [], max(1, args.batch_size // args.samples)
-    # Longest first: what does not fit in memory shows at once, and the time left is never more than it says.
-    todo = sorted(range(len(rows)), key=lambda i: (-len(prompts[i]), i))[rank::world]
-    bar = tqdm(total=len(todo) * K, desc=checkpoint["name"], unit=" completions", disable=rank > 0,
-               mininterval=0.5 if sys.stderr.isatty() else 30)
+def sample(lm, checkpoint, todo, args):
+    """Yields some rows of todo and their completions' ids, K for each row, until there are all."""
+    K, size = args.samples, max(1, args.batch_size // args.samples)
+    sampler = Sampler(lm) if args.sampler == "auto" else partial(generate, lm)
     while todo:
         batch = todo[:size]
-        noise = torch.cat([uniforms(args.seed, i, K, args.max_new_tokens) for i in batch]) if args.temperature else None
+        noise = None
+        if args.temperature:                               # of row i's k-th completion: whatever K and the batch are
+            noise = torch.stack([uniforms(args.seed, k, batch, args.max_new_tokens) for k in range(K)], 1).flatten(0, 1)
         try:
-            ids = generate(model, [prompts[i] for i in batch], noise, group_size=K, max_new_tokens=args.max_new_tokens,
-                           temperature=args.temperature, eos_ids=checkpoint["eos_ids"], forbid=checkpoint["forbid"])
+            ids, _ = sampler([checkpoint.prompts[i] for i in batch], noise, group_size=K, max_new_tokens=args.max_new_tokens,
+                             temperature=args.temperature, eos_ids=checkpoint.eos_ids, forbid=checkpoint.forbid,
+                             pad_id=checkpoint.tokenizer.pad_token_id or 0)
         except torch.OutOfMemoryError:
             if size == 1:
                 fail(f"out of GPU memory with one prompt at a time: lower --samples {K} or --max_new_tokens")
-            size //= 2
-            tqdm.write(f"eval.py: out of GPU memory; going on with {size * K} completions at a time", file=sys.stderr)
+            ids = None
+        if ids is None:                                    # outside of the except, which holds on to the memory
             torch.cuda.empty_cache()
+            size = -(-len(batch) // 2)
+            note(f"out of GPU memory: going on with {size * K} completions at a time")
             continue
         todo = todo[size:]
-        texts = checkpoint["tokenizer"].batch_decode(ids, skip_special_tokens=True)
+        yield batch, ids
+
+
+def evaluate(lm, checkpoint, rows, args, file):
+    """Samples and scores this process's share of the rows; completions go to `file` as soon as they are scored."""
+    K, records = args.samples, []
+    # Longest first: what does not fit in memory shows at once, and the time left is never more than it says.
+    todo = sorted(range(len(rows)), key=lambda i: (-len(checkpoint.prompts[i]), i))[RANK::WORLD]
+    bar = tqdm(total=len(todo) * K, desc=checkpoint.name, unit=" completions", disable=RANK > 0,
+               mininterval=0.5 if sys.stderr.isatty() else 30)
+    for batch, ids in sample(lm, checkpoint, todo, args):
+        texts = checkpoint.tokenizer.batch_decode(ids, skip_special_tokens=True)
         scored = score([rows[i] for i in batch for _ in range(K)], texts, list(map(len, ids)), args.style)            # 3
-        records += [{"model": checkpoint["name"], "row": batch[j // K], "sample": j % K, **record,
-                     "truncated": ids[j][-1] not in checkpoint["eos_ids"]} for j, record in enumerate(scored)]
-        file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records[-len(ids):])
+        new = [{"model": checkpoint.name, "row": batch[j // K], "sample": j % K, **record,
+                "truncated": ids[j][-1] not in checkpoint.eos_ids} for j, record in enumerate(scored)]
+        file.write(jsonl(new))
         file.flush()
-        bar.update(len(ids))
-        tokens = sum(r["n_tokens"] for r in records)
+        records += new
+        bar.update(len(new))
+        tokens = sum(record["n_tokens"] for record in records)
         bar.set_postfix_str(f"{tokens / max(1e-9, bar.format_dict['elapsed']):,.0f} tokens/s", refresh=False)
     bar.close()
     return records
@@ -443,65 +349,81 @@ def run_harness(model, checkpoint, folder, args):
             for task, figures in results.items()]
 
 
+# ---------------------------------------------------------------------------------------- 5. files
+def so_far(args):
+    """The file of this process's completions while it works: the results of an earlier evaluation stay until these are whole."""
+    return args.output.removesuffix(".json") + f".so_far{RANK or ''}.jsonl"
+
+
 def write_files(args, rows, records, summary, rates):
-    stem, files = args.output.removesuffix(".json"), {}
+    stem = args.output.removesuffix(".json")
+    files = {args.output: json.dumps(summary, indent=1, ensure_ascii=False),
+             f"{stem}.samples.jsonl": jsonl(records)}
     for (model, task), rate in rates.items() if args.samples > 1 else ():
         name = [re.sub(r"\W+", "-", model).strip("-")] * (len(args.model) > 1) + [task] * (len(rates) > len(args.model))
-        files[".".join([stem, *name, "pass_rates.jsonl"])] = [{**rows[i], "pass_rate": rate[i]} for i in rate]
-    for path, lines in {f"{stem}.samples.jsonl": records, **files}.items():
-        with open(path, "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    Path(args.output).write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
-    return [args.output, f"{stem}.samples.jsonl", *files]
+        files[".".join([stem, *name, "pass_rates.jsonl"])] = jsonl({**rows[i], "pass_rate": rate[i]} for i in rate)
+    for path, text in files.items():
+        Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+    for path in files:
+        os.replace(f"{path}.tmp", path)
+    print("\nwritten:", *files)
+
+
+def jsonl(lines):
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+# ---------------------------------------------------------------------------------------- all of it
+def run(args, file, harness):
+    """`file` takes the completions so far; `harness` is an empty folder for its tasks."""
+    device, dtype = start_processes(args.dtype)
+    rows, turns = read_data(args)                                                                                  # 1
+    checkpoints = [open_checkpoint(name, args, rows, turns) for name in args.model]
+    if args.harness:
+        harness_tasks(args.harness, harness)
+    records, others = [], []
+    for checkpoint in checkpoints:
+        lm = load_lm(checkpoint.name, device, dtype, trust_remote_code=args.trust_remote_code)
+        records += evaluate(lm, checkpoint, rows, args, file)                                                      # 2, 3
+        others += run_harness(lm, checkpoint, harness, args) if args.harness and RANK == 0 else []
+        del lm
+    records = [record for share in gather(records) for record in share]
+    if RANK == 0:
+        # in the order of models and rows: the same bytes for any batch size and number of processes
+        records.sort(key=lambda r: (args.model.index(r["model"]), r["row"], r["sample"]))
+        summary, rates = [], {}
+        for model in args.model:                                                                                   # 4
+            for task in dict.fromkeys(row["task"] for row in rows):
+                row, rates[model, task] = summarise([r for r in records if (r["model"], r["task"]) == (model, task)],
+                                                    rates.get((args.model[0], task)))
+                summary.append(row)
+        write_files(args, rows, records, summary + others, rates)                                                  # 5
+        subprocess.call([*REPORT, "--table", args.output])
+    gather(0)
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if {"--curves", "--report"} & set(argv):
-        raise SystemExit(subprocess.call([*REPORT, *argv]))
     args = parse(argv)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    rows, shots = read_data(args)                                                                                  # 1
-    checkpoints = [open_checkpoint(name, args, rows, shots) for name in args.model]
-    so_far = args.output.removesuffix(".json") + (f".samples.{rank}.jsonl" if rank else ".samples.jsonl")
+    if args.curves or args.report:
+        flags = {"--curves": args.curves, "--report": args.report, "--results": args.results and [args.results],
+                 "--output": args.output and [args.output]}
+        raise SystemExit(subprocess.call([*REPORT, *(word for flag, words in flags.items() if words for word in (flag, *words))]))
+    kept, before = so_far(args), signal.signal(signal.SIGTERM, signal.default_int_handler)     # a cluster's and torchrun's Ctrl-C
     try:
-        os.makedirs(os.path.dirname(so_far) or ".", exist_ok=True)
-        file = open(so_far, "w", encoding="utf-8")
-    except OSError as e:
-        fail(f"--output {args.output}: cannot be written ({e.strerror})")
-    records, others = [], []
-    with file, tempfile.TemporaryDirectory() as folder:
-        args.harness and harness_tasks(args.harness, folder)
-        if world > 1:
-            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))     # one may have far more to do
-        try:
-            for checkpoint in checkpoints:
-                model = load_model(checkpoint, args, device)
-                records += evaluate(model, checkpoint, rows, args, file, rank, world)                              # 2, 3
-                others += run_harness(model, checkpoint, folder, args) if args.harness and not rank else []
-                del model
-        except KeyboardInterrupt:
-            print(f"\neval.py: interrupted; the completions so far are in {so_far}", file=sys.stderr)
-            raise SystemExit(130)
-    if world > 1:
-        shares = [None] * world
-        torch.distributed.all_gather_object(shares, records)
-        torch.distributed.destroy_process_group()
-        records = [r for share in shares for r in share]
-        if rank:
-            return os.remove(so_far)
-    # in the order of models and rows: the same bytes for any batch size and number of processes
-    records.sort(key=lambda r: (args.model.index(r["model"]), r["row"], r["sample"]))
-    summary, rates = [], {}
-    for model in args.model:                                                                                       # 4
-        for task in dict.fromkeys(row["task"] for row in rows):
-            row, rates[model, task] = summarise([r for r in records if (r["model"], r["task"]) == (model, task)],
-                                                rates.get((args.model[0], task)))
-            summary.append(row)
-    files = write_files(args, rows, records, summary + others, rates)                                              # 5
-    subprocess.call([*REPORT, "--table", args.output])
-    print("\nwritten:", *files)
+        os.makedirs(os.path.dirname(kept) or ".", exist_ok=True)
+        with open(kept, "w", encoding="utf-8") as file, tempfile.TemporaryDirectory() as harness:
+            run(args, file, harness)
+        os.remove(kept)
+    except KeyboardInterrupt:
+        there = os.path.exists(kept) and os.path.getsize(kept)
+        print("\neval.py: interrupted" + there * f"; the completions so far are in {kept}", file=sys.stderr)
+        raise SystemExit(130)
+    except OSError as err:                                                        # a full disk, most of all
+        fail(f"--output {args.output}: cannot be written ({err}); completions so far, if there are any, are in {kept}")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if os.path.exists(kept) and not os.path.getsize(kept):
+            os.remove(kept)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@ import json
 import math
 import os
 import re
-import socket
+import signal
 import time
-import traceback
+from types import SimpleNamespace
 
 import pytest
 import torch
+import toys
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -69,11 +70,11 @@ def say(reasoning, answer):
 
 def speak(monkeypatch, folder, reply):
     """The sampler replaced by reply(prompt text, sample) -> completion: known figures through the whole script."""
-    tokenizer = ev.open_checkpoint(str(folder / "a"), ev.parse(["--model", "a"]))["tokenizer"]
+    tokenizer = ev.open_checkpoint(str(folder / "a"), ev.parse(["--model", "a"])).tokenizer
 
-    def generate(model, prompts, noise, group_size=1, **_):
-        return [tokenizer.encode(reply(tokenizer.decode(p), s)) + [0] for p in prompts for s in range(group_size)]
-    monkeypatch.setattr(ev, "generate", generate)
+    def sampler(prompts, noise, group_size=1, **_):
+        return [tokenizer.encode(reply(tokenizer.decode(p), s)) + [0] for p in prompts for s in range(group_size)], None
+    monkeypatch.setattr(ev, "Sampler", lambda lm: sampler)
 
 
 # ---------------------------------------------------------------- the sampler
@@ -89,34 +90,46 @@ def hf_generate(model, prompts, n, eos_ids):
     return [row[width:].tolist() for row in out]
 
 
-def test_greedy_sampling_equals_generate_token_for_token_with_left_padding_and_several_end_tokens():
+def complete(lm, prompts, *flags, eos_ids, forbid=()):
+    """The ids of each prompt's completions, [P][K]"""
+    args, found = ev.parse(["--model", "a", *map(str, flags)]), {}
+    checkpoint = SimpleNamespace(prompts=prompts, eos_ids=set(eos_ids), forbid=forbid, tokenizer=SimpleNamespace(pad_token_id=None))
+    for batch, ids in ev.sample(lm, checkpoint, list(range(len(prompts))), args):
+        found |= {i: ids[j * args.samples:(j + 1) * args.samples] for j, i in enumerate(batch)}
+    return [found[i] for i in range(len(prompts))]
+
+
+@pytest.mark.parametrize("sampler", ["auto", "plain"])
+def test_greedy_sampling_equals_generate_token_for_token_with_left_padding_and_several_end_tokens(sampler):
     model, eos = toy_model(), list(range(0, 40))
-    ours = ev.generate(model, PROMPTS, None, max_new_tokens=24, temperature=0, eos_ids=eos)
+    ours = complete(model, PROMPTS, "--max_new_tokens", 24, "--sampler", sampler, "--batch_size", 3, eos_ids=eos)
     theirs = hf_generate(model, PROMPTS, 24, eos)
-    for a, b in zip(ours, theirs):
+    for (a,), b in zip(ours, theirs):
         assert a == b[:len(a)] and set(b[len(a):]) <= {259}
         assert a[-1] in eos or len(a) == 24
         assert not set(a[:-1]) & set(eos)
-    assert len({len(a) for a in ours}) > 1
+    assert len({len(a) for a, in ours}) > 1
 
 
-def test_sampled_tokens_depend_neither_on_the_batch_nor_on_which_rows_are_alive():
-    model, eos = toy_model(1), list(range(0, 12))
-    noise = [ev.uniforms(3, i, 4, 40) for i in range(len(PROMPTS))]
-    settings = dict(max_new_tokens=40, temperature=1.3, eos_ids=eos)
-    together = ev.generate(model, PROMPTS, torch.cat(noise), group_size=4, **settings)
-    alone = [ids for p, u in zip(PROMPTS, noise) for row in u for ids in ev.generate(model, [p], row[None], **settings)]
-    assert together == alone
-    assert len({len(ids) for ids in together}) > 5
-    assert len({tuple(ids) for ids in together}) > 15
+@pytest.mark.parametrize("sampler", ["auto", "plain"])
+def test_sampled_tokens_depend_neither_on_the_batch_nor_on_the_number_of_samples(sampler):
+    model = toy_model(1)
+    flags = ["--max_new_tokens", 40, "--temperature", 1.3, "--seed", 3, "--sampler", sampler]
+    together = complete(model, PROMPTS, *flags, "--samples", 4, eos_ids=range(12))
+    for more in (["--samples", 4, "--batch_size", 1], ["--samples", 2, "--batch_size", 6]):
+        assert complete(model, PROMPTS, *flags, *more, eos_ids=range(12)) == [ids[:more[1]] for ids in together]
+    assert len({len(ids) for group in together for ids in group}) > 5
+    assert len({tuple(ids) for group in together for ids in group}) > 15
+    other_seed = complete(model, PROMPTS, *flags, "--seed", 4, "--samples", 4, eos_ids=range(12))
+    assert not any(a == b for a, b in zip(together, other_seed))
 
 
 def test_sampling_follows_the_softmax_at_the_temperature():
     model, n, temperature = toy_model(2), 20_000, 2.0
-    noise = torch.cat([ev.uniforms(0, i, n // 4, 1) for i in range(4)])
-    ids = torch.tensor(ev.generate(model, [[7, 8]], noise, group_size=n, max_new_tokens=1, temperature=temperature, eos_ids=[0]))
+    flags = ["--samples", n, "--sampler", "plain", "--max_new_tokens", 1, "--temperature", temperature]
+    ids, = complete(model, [[7, 8]], *flags, eos_ids=[0])
     want = (model(torch.tensor([[7, 8]])).logits[0, -1] / temperature).softmax(-1) * n
-    got = torch.bincount(ids[:, 0], minlength=260)
+    got = torch.bincount(torch.tensor(ids)[:, 0], minlength=260)
     big = want > 5
     chi2 = ((got - want) ** 2 / want)[big].sum().item()
     freedom = int(big.sum()) - 1
@@ -124,19 +137,11 @@ def test_sampling_follows_the_softmax_at_the_temperature():
     assert chi2 < freedom + 5 * math.sqrt(2 * freedom)
 
 
-def test_noise_of_a_row_does_not_change_with_the_number_of_samples():
-    assert torch.equal(ev.uniforms(1, 5, 2, 8), ev.uniforms(1, 5, 6, 8)[:2])
-    assert not torch.equal(ev.uniforms(1, 5, 1, 8), ev.uniforms(1, 6, 1, 8))
-    assert not torch.equal(ev.uniforms(1, 5, 1, 8), ev.uniforms(2, 5, 1, 8))
-
-
 def test_a_forbidden_token_never_follows_and_is_free_elsewhere():
-    model = toy_model(3)
-    noise = ev.uniforms(0, 0, 200, 30)
-    settings = dict(group_size=200, max_new_tokens=30, temperature=3.0, eos_ids=[259])
-    pairs = [p for ids in ev.generate(model, [[5]], noise, **settings) for p in zip(ids, ids[1:])]
+    flags = ["--samples", 200, "--max_new_tokens", 30, "--temperature", 3]
+    pairs = [p for ids in complete(toy_model(3), [[5]], *flags, eos_ids=[259])[0] for p in zip(ids, ids[1:])]
     a, b = max(set(pairs), key=pairs.count)
-    after = [p for ids in ev.generate(model, [[5]], noise, forbid=(a, b), **settings) for p in zip(ids, ids[1:])]
+    after = [p for ids in complete(toy_model(3), [[5]], *flags, eos_ids=[259], forbid=(a, b))[0] for p in zip(ids, ids[1:])]
     assert (a, b) not in after
     assert any(y == b for _, y in after) and any(x == a for x, _ in after)
 
@@ -276,7 +281,7 @@ def test_breakdown_adds_up_to_the_whole(folder, tmp_path, monkeypatch):
 
 def test_several_models_stand_side_by_side_and_are_compared_on_the_same_problems(folder, tmp_path, monkeypatch, capfd):
     models = []
-    monkeypatch.setattr(ev, "load_model", lambda checkpoint, *a: models.append(checkpoint["name"]) or toy_model())
+    monkeypatch.setattr(ev, "load_lm", lambda name, *a, **k: models.append(name) or toy_model())
     speak(monkeypatch, folder, lambda prompt, s: say("x", "(5+3)*8" if len(models) == 2 else "1*2*3*4"))
     ev.main(["--model", str(folder / "a"), str(folder / "b"), "--data", f"countdown={folder}/countdown",
              "--output", str(tmp_path / "e.json")])
@@ -295,6 +300,7 @@ def test_a_toy_checkpoint_is_evaluated_end_to_end_and_batches_change_nothing(fol
     assert (tmp_path / "x.samples.jsonl").read_bytes() == (tmp_path / "y.samples.jsonl").read_bytes()
     assert len(json.loads((tmp_path / "x.json").read_text())) == 4
     assert len(list(tmp_path.glob("x.*.*.pass_rates.jsonl"))) == 4
+    assert len(list(tmp_path.iterdir())) == 12                                 # nothing else is left
 
 
 def test_think_style_is_asked_for_and_scored(folder, tmp_path, monkeypatch):
@@ -349,30 +355,16 @@ def test_two_processes_give_the_bytes_of_one(folder, tmp_path):
     """Forked, as torchrun's own start would take longer than all other tests."""
     argv = ["--model", str(folder / "a"), str(folder / "b"), "--data", f"countdown={folder}/countdown", f"gsm8k={folder}/gsm8k.jsonl:1",
             "--samples", "2", "--temperature", "1", "--max_new_tokens", "8", "--output"]
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-
-    def process(rank):
-        if pid := os.fork():
-            return pid
-        code = 1
-        try:
-            os.environ.update(env, RANK=str(rank), TOKENIZERS_PARALLELISM="false")
-            ev.main(argv + [str(tmp_path / "two.json")])
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    assert [os.waitpid(pid, 0)[1] for pid in [process(0), process(1)]] == [0, 0]
+    assert toys.together(ev.main, 2, argv + [str(tmp_path / "two.json")]) == [0, 0]
     ev.main(argv + [str(tmp_path / "one.json")])
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
     assert (tmp_path / "one.samples.jsonl").read_bytes() == (tmp_path / "two.samples.jsonl").read_bytes()
-    assert not list(tmp_path.glob("two.samples.1*"))
+    assert sorted(p.name[3:] for p in tmp_path.glob("one*")) == sorted(p.name[3:] for p in tmp_path.glob("two*"))
 
 
-def test_an_adapter_folder_is_base_and_adapter_merged(folder, tmp_path):
+@pytest.fixture
+def adapter(folder, tmp_path):
+    """A LoRA adapter on the first checkpoint that does something, and the model of both."""
     peft = pytest.importorskip("peft")
     base = LlamaForCausalLM.from_pretrained(folder / "a")
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
@@ -380,50 +372,133 @@ def test_an_adapter_folder_is_base_and_adapter_merged(folder, tmp_path):
         if "lora_" in name:
             torch.nn.init.normal_(p, std=0.3)
     model.save_pretrained(tmp_path / "adapter")
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = str(folder / "a")
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    args = ev.parse(["--model", "adapter"])
-    merged = ev.load_model(ev.open_checkpoint(str(tmp_path / "adapter"), args), args, "cpu")
+    name_base(tmp_path / "adapter", folder / "a")
+    return str(tmp_path / "adapter"), model.eval()
+
+
+def name_base(adapter, base):
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_an_adapter_folder_is_base_and_adapter_merged(adapter):
+    name, model = adapter
+    checkpoint = ev.open_checkpoint(name, ev.parse(["--model", name]), [{**SOLVED["gsm8k"], "task": "gsm8k"}])
+    assert checkpoint.eos_ids == {0} and checkpoint.prompts[0]                         # from its base
+    merged = ev.load_lm(name, torch.device("cpu"), torch.float32)
     ids = torch.arange(4, 20)[None]
-    assert torch.allclose(merged(ids).logits, model.eval()(ids).logits, atol=1e-4)
+    assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-4)
     assert not torch.allclose(merged(ids).logits, toy_model(0)(ids).logits, atol=1e-2)
 
 
-def test_an_interrupt_keeps_the_completions_so_far(folder, tmp_path, monkeypatch, capsys):
-    real, calls = ev.generate, []
+def evaluate_countdown(folder, out, *flags, model="a"):
+    ev.main(["--model", str(folder / model), "--data", f"countdown={folder}/countdown", "--max_new_tokens", "4", "--output", str(out), *flags])
 
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-    monkeypatch.setattr(ev, "generate", interrupted)
+
+def interrupted_after(calls, how):
+    """Sampler, interrupted when it has been called that often"""
+    def make(lm):
+        made, called = Sampler(lm), []
+
+        def sampler(*args, **kwargs):
+            called.append(1)
+            if len(called) > calls:
+                how()
+            return made(*args, **kwargs)
+        return sampler
+    Sampler = ev.Sampler
+    return make
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_keeps_the_completions_so_far_and_the_results_of_before(folder, tmp_path, monkeypatch, capsys, number):
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    evaluate_countdown(folder, tmp_path / "e.json")
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    monkeypatch.setattr(ev, "Sampler", interrupted_after(2, lambda: os.kill(os.getpid(), number)))
+    capsys.readouterr()
     with pytest.raises(SystemExit) as e:
-        ev.main(["--model", str(folder / "a"), "--data", f"countdown={folder}/countdown", "--batch_size", "1",
-                 "--max_new_tokens", "4", "--output", str(tmp_path / "e.json")])
+        evaluate_countdown(folder, tmp_path / "e.json", "--batch_size", "1")
     assert e.value.code == 130
-    assert len(records_of(tmp_path / "e.samples.jsonl")) == 2
-    assert "e.samples.jsonl" in capsys.readouterr().err
+    so_far, = set(tmp_path.iterdir()) - set(before)
+    assert str(so_far) in capsys.readouterr().err
+    whole = {r["row"]: r for r in records_of(tmp_path / "e.samples.jsonl")}
+    assert len(records_of(so_far)) == 2 and all(r == whole[r["row"]] for r in records_of(so_far))
+    assert all(p.read_bytes() == content for p, content in before.items())
+    assert handlers == {s: signal.getsignal(s) for s in handlers}
+
+
+def test_each_of_several_processes_keeps_its_completions(folder, tmp_path, capfd):
+    def stop():
+        raise KeyboardInterrupt
+    codes = toys.together(lambda out: evaluate_countdown(folder, out, "--batch_size", "1"), 2, tmp_path / "e.json",
+                          before=lambda rank: setattr(ev, "Sampler", interrupted_after(1, stop)))
+    err = capfd.readouterr().err
+    assert codes == [130, 130]
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 2 and all(str(file) in err and len(records_of(file)) == 1 for file in files)
+
+
+def test_a_full_disk_gets_one_line_and_leaves_the_results_of_before(folder, tmp_path, monkeypatch, capsys):
+    evaluate_countdown(folder, tmp_path / "e.json")
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    capsys.readouterr()
+
+    def write_text(path, text, **_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(ev.Path, "write_text", write_text)
+    with pytest.raises(SystemExit) as e:
+        evaluate_countdown(folder, tmp_path / "e.json", "--samples", "2", "--temperature", "1")
+    monkeypatch.undo()
+    so_far, = set(tmp_path.iterdir()) - set(before)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and "No space left" in err and str(so_far) in err and len(records_of(so_far)) == 8
+    assert all(p.read_bytes() == content for p, content in before.items())
 
 
 def test_out_of_gpu_memory_halves_the_batch_and_loses_nothing(folder, tmp_path, monkeypatch):
-    real, sizes = ev.generate, []
+    sizes, Sampler = [], ev.Sampler
 
-    def small_card(model, prompts, *args, **kwargs):
-        sizes.append(len(prompts))
-        if len(prompts) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, prompts, *args, **kwargs)
-    monkeypatch.setattr(ev, "generate", small_card)
-    ev.main(["--model", str(folder / "a"), "--data", f"countdown={folder}/countdown", "--max_new_tokens", "4",
-             "--batch_size", "4", "--output", str(tmp_path / "e.json")])
+    def small_card(lm):
+        def sampler(prompts, *args, **kwargs):
+            sizes.append(len(prompts))
+            if len(prompts) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return Sampler(lm)(prompts, *args, **kwargs)
+        return sampler
+    monkeypatch.setattr(ev, "Sampler", small_card)
+    evaluate_countdown(folder, tmp_path / "e.json", "--batch_size", "100")
     assert sizes == [4, 2, 1, 1, 1, 1]
     assert len(records_of(tmp_path / "e.samples.jsonl")) == 4
 
 
+def test_files_that_are_cut_off_or_lack_weights_get_one_line(folder, tmp_path, adapter, capsys):
+    from safetensors.torch import load_file, save_file
+    weights, data = load_file(folder / "b" / "model.safetensors"), (folder / "b" / "model.safetensors").read_bytes()
+    toy_model().save_pretrained(tmp_path / "damaged")
+    save_tokenizer(tmp_path / "damaged")
+    file, adapted = tmp_path / "damaged" / "model.safetensors", tmp_path / "adapter" / "adapter_model.safetensors"
+
+    def lacking():
+        save_file({name: w for name, w in weights.items() if "layers.1.mlp.up" not in name}, file, metadata={"format": "pt"})
+    cases = [("damaged", lambda: file.write_bytes(data[:-100])), ("damaged", lambda: file.write_bytes(data[:5])),
+             ("damaged", lambda: file.write_bytes(data[:8] + b"y" * 8 + data[16:])), ("damaged", lacking), ("damaged", file.unlink),
+             ("adapter", lambda: adapted.write_bytes(adapted.read_bytes()[:-100])), ("adapter", adapted.unlink),
+             ("adapter", lambda: name_base(tmp_path / "adapter", tmp_path / "gone")),
+             ("adapter", lambda: (tmp_path / "adapter" / "adapter_config.json").write_text("{"))]
+    for model, damage in cases:
+        damage()
+        with pytest.raises(SystemExit) as e:
+            evaluate_countdown(folder, tmp_path / "e.json", model=tmp_path / model)
+        err = capsys.readouterr().err
+        said = [line for line in err.splitlines() if line.startswith("eval.py: ")]
+        assert e.value.code == 2 and len(said) == 1 and str(tmp_path / model) in said[0] and "Traceback" not in err, err
+    assert "lack" not in said[0] and "base" in said[0]
+    assert not list(tmp_path.glob("e.*"))
+
+
 def test_wrong_input_gets_one_line_and_exit_code_2_before_any_model_loads(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ev, "load_model", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(ev, "load_lm", lambda *a, **k: pytest.fail("a model was loaded"))
     good = {"--model": [str(folder / "a")], "--data": [f"countdown={folder}/countdown"], "--output": [str(tmp_path / "e.json")]}
     (tmp_path / "empty").mkdir()
     (tmp_path / "outer" / "checkpoint-5").mkdir(parents=True)
@@ -453,14 +528,17 @@ def test_wrong_input_gets_one_line_and_exit_code_2_before_any_model_loads(folder
              ({"--chat_template": [str(tmp_path / "refusing.jinja")]}, "no system turn"),
              ({"--shots": [f"countdown={tmp_path}/unsolved.jsonl"]}, "solution"), ({"--model": [str(folder / "a")] * 2}, "twice"),
              ({"--model": [str(tmp_path / "adapter")]}, "adapter"), ({"--forbid_after": ["a"]}, "--forbid_after"),
-             ({"--forbid_after": ["ab", "c"]}, "[2, 1] tokens"), ({"--speed": ["1"]}, "--speed")]
+             ({"--forbid_after": ["ab", "c"]}, "[2, 1] tokens"), ({"--speed": ["1"]}, "--speed"),
+             ({"--seed": [str(2 ** 64)]}, "--seed"), ({"--results": ["e.json"]}, "--report"), ({"--temperature": ["inf"]}, "--temperature inf"),
+             ({"--curves": ["runs/x"]}, "evaluate nothing"), ({"--sampler": ["fast"]}, "fast"), ({"@gone.txt": [""]}, "gone.txt")]
     for change, said in cases:
         argv = [a for flag, values in {**good, **change}.items() if values for a in (flag, *values)]
         with pytest.raises(SystemExit) as e:
             ev.main(argv)
         err = capsys.readouterr().err
         assert e.value.code == 2 and said in err and "Traceback" not in err, (argv, err)
-        assert len([line for line in err.splitlines() if "eval.py: " in line or "error: " in line]) == 1, err
+        assert len([line for line in err.splitlines() if line.startswith("eval.py: ")]) == len(err.splitlines()) == 1, err
+    assert not list(tmp_path.glob("e.*"))
 
 
 def test_flags_can_stand_in_a_file_with_comments(folder, tmp_path, monkeypatch):
@@ -470,13 +548,17 @@ def test_flags_can_stand_in_a_file_with_comments(folder, tmp_path, monkeypatch):
     assert (args.model, args.samples, args.temperature) == ([f"{folder}/a"], 3, 0.5)
 
 
-def test_curves_are_drawn_from_runs_of_both_kinds(tmp_path):
+def test_curves_and_report_are_passed_on_to_report_py_from_a_flag_file_too(tmp_path, capfd):
     for run, keys in (("sft", ("loss", "token_accuracy")), ("grpo", ("reward", "correct", "format", "kl", "entropy"))):
         (tmp_path / run).mkdir()
         lines = [{"step": i, **{k: i / 50 for k in keys}} for i in range(1, 51)]
         lines += [{"step": 25, "eval_correct": 0.4}, {"step": 50, "eval_correct": 0.6}]
         write(tmp_path / run / "metrics.jsonl", lines)
+    runs, out = [str(tmp_path / "sft"), str(tmp_path / "grpo")], str(tmp_path / "deep" / "x.png")
+    (tmp_path / "flags.txt").write_text("# two runs\n--curves " + " ".join(runs))
     with pytest.raises(SystemExit) as e:
-        ev.main(["--curves", str(tmp_path / "sft"), str(tmp_path / "grpo"), "--output", str(tmp_path / "deep" / "x.png")])
-    assert e.value.code == 0
-    assert (tmp_path / "deep" / "x.png").read_bytes().startswith(b"\x89PNG")
+        ev.main([f"@{tmp_path}/flags.txt", "--output", out])
+    assert e.value.code == 0 and open(out, "rb").read(4) == b"\x89PNG"
+    with pytest.raises(SystemExit) as e:
+        ev.main(["--report", *runs, "--results", str(tmp_path / "gone.json"), "--output", str(tmp_path / "y.html")])
+    assert e.value.code == 2 and "report.py: " in capfd.readouterr().err

@@ -48,7 +48,7 @@ def test_an_answer_in_our_form_is_missed_by_lm_evals_strict_match_and_found_by_o
 def test_without_lm_eval_the_flag_gets_one_line(tmp_path, monkeypatch, capsys):
     toys.save(tmp_path)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    monkeypatch.setattr(ev, "load_model", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(ev, "load_lm", lambda *a, **k: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as e:
         ev.main(["--model", str(tmp_path / "model"), "--data", f"gsm8k={tmp_path}/gsm8k", "--max_new_tokens", "4",
                  "--harness", "gsm8k:8", "--output", str(tmp_path / "e.json")])
