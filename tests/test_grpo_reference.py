@@ -17,6 +17,7 @@ if __name__ == "__main__":                                      # pytest has con
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import grpo
+import models
 import toys
 
 FILE = Path(__file__).with_name("grpo_reference.json")
@@ -178,7 +179,7 @@ def test_gradient_of_the_weights_equals_trl(live, loss):
     live.model.zero_grad()
 
     whole = torch.nn.utils.rnn.pad_sequence([torch.tensor(p + c) for p, c in zip(prompts, ids)], batch_first=True)
-    logp, _ = grpo.completion_logps(live.model, whole, torch.tensor([len(p) for p in prompts]), token_mask(True), 1.3)
+    logp, _ = models.completion_logps(live.model, whole, torch.tensor([len(p) for p in prompts]), token_mask(True), 1.3)
     found, _ = grpo.policy_loss(logp, old, ref, grpo.advantages(torch.tensor(REWARDS), GROUP), token_mask(True), loss=loss, clip_low=0.2,
                                 clip_high=0.28, beta=0.04, num_tokens=float(mask.sum()), num_seqs=9, max_new_tokens=LIMIT)
     found.backward()
