@@ -1,0 +1,80 @@
+"""Model FLOPs utilisation of an update of grpo.py and of sft.py: 6 x parameters x tokens (prompts included, padding not), over the
+seconds that an update takes, gradient clipping and the optimiser included, over the rate of a matrix product measured here.
+
+A model of the true shape with random weights is trained on random ids. Log-probabilities, entropies, the KL's reference pass (with
+--beta) and the second forward of --activation_checkpointing cost time and are not counted as useful.
+
+    python tests/bench/bench_update.py                                                       # CPU: the tiny shape
+    python tests/bench/bench_update.py --shape qwen2.5-3b --micro_batch_size 16              # GPU
+    python tests/bench/bench_update.py --shape qwen2.5-3b --optim adamw8bit --activation_checkpointing --micro_batch_size 32
+    python tests/bench/bench_update.py --shape qwen2.5-3b --what sft --rows 64 --prompt_length 100 --completion_length 400
+"""
+import argparse
+import os
+import random
+import statistics
+import tempfile
+from types import SimpleNamespace
+
+p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+p.add_argument("--shape", default="tiny", help="of the model; see shapes.py")
+p.add_argument("--what", choices=["grpo", "sft"], nargs="+", default=["grpo", "sft"])
+p.add_argument("--rows", type=int, default=256, help="completions an update")
+p.add_argument("--prompt_length", type=int, help="tokens; 150, tiny: 12")
+p.add_argument("--completion_length", type=int, help="tokens at most, a quarter of it at least; 512, tiny: 64")
+p.add_argument("--rounds", type=int, default=5, help="updates of each, after one that is not counted")
+p.add_argument("--threads", type=int, default=2, help="of the CPU")
+a, more = p.parse_known_args()                                  # the rest are flags of grpo.py and sft.py
+os.environ |= {"OMP_NUM_THREADS": str(a.threads)}
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")             # threads that spin stall a shared machine
+
+import shapes  # noqa: E402
+import torch  # noqa: E402
+
+import grpo  # noqa: E402
+import models  # noqa: E402
+import runs  # noqa: E402
+import sft  # noqa: E402
+
+torch.set_num_threads(a.threads)
+prompt, longest = a.prompt_length or (12 if a.shape == "tiny" else 150), a.completion_length or (64 if a.shape == "tiny" else 512)
+device, dtype = runs.start_processes("auto")
+bandwidth, rate = shapes.peaks(device, dtype)
+print(shapes.machine(device, bandwidth, rate))
+rng, vocabulary = random.Random(0), shapes.SHAPES[a.shape][5]
+lengths = [rng.randint(longest // 4, longest) for _ in range(a.rows)]
+ids = [[rng.randrange(vocabulary) for _ in range(prompt + n)] for n in lengths]
+
+
+def grpo_update(folder):
+    args = grpo.parse_args(["--model", folder, "--group_size", "2", "--max_new_tokens", str(longest), "--beta", "0", "--warmup", "0", *more])
+    tokenizer, eos_ids, _ = models.load_tokenizer(folder)
+    run = grpo.build(args, tokenizer, eos_ids, [{}] * 4, [], device, dtype)
+    rollouts = [grpo.Rollout(0, x[:prompt], x[prompt:], torch.zeros(len(x) - prompt), True, "", {}, rng.choice([-1.0, 1.0])) for x in ids]
+    return lambda: grpo.update(run, rollouts, 1.0, 1.0), run.model
+
+
+def sft_update(folder):
+    args = sft.parse_args(["--model", folder, "--batch_size", str(a.rows), "--steps", "100", *more])
+    model = models.load_policy(args, device, dtype)
+    logps, optimizer = models.prepare(model, args, dtype), models.Optimizer(model, args)
+    rows, stop = [{"ids": torch.tensor(x), "prompt": prompt} for x in ids], SimpleNamespace(signal=0)
+    model.train()
+    return lambda: sft.train_step(rows, logps, optimizer, device, args, 1, 100, stop), model
+
+
+for what in a.what:
+    with tempfile.TemporaryDirectory() as folder:
+        shapes.save(a.shape, folder, device, dtype)
+        update, model = {"grpo": grpo_update, "sft": sft_update}[what](folder)
+    size, tokens, took = sum(x.numel() for x in models.base_lm(model).parameters()), sum(map(len, ids)), []
+    for _ in range(a.rounds + 1):
+        took.append(shapes.once(update))
+    median, rate = statistics.median(took[1:]), max(rate, shapes.peaks(device, dtype)[1])          # a busy machine is measured twice
+    memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB at the peak" if device.type == "cuda" else ""
+    print(f"{what}.py {' '.join(more)}: {size / 1e6:,.1f} M parameters, {str(dtype)[6:]}, {a.rows} rows of {prompt} + {min(lengths)} to "
+          f"{max(lengths)} tokens: {median:.3f} s an update ({min(took[1:]):.3f} to {max(took[1:]):.3f}), {tokens / median:,.0f} tokens/s, "
+          f"{6 * size * tokens / median / rate:.1%} of the matrix rate{memory}", flush=True)
+    del update, model
+    torch.cuda.empty_cache()
+    device.type == "cuda" and torch.cuda.reset_peak_memory_stats()

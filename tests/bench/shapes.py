@@ -1,0 +1,72 @@
+"""What the benchmarks share: models of the true shapes with random weights, and what the machine can do at most."""
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+#                      hidden, MLP, layers, heads, KV heads, vocabulary, tied
+SHAPES = {"tiny": (128, 256, 3, 4, 4, 361, True), "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True),
+          "qwen2.5-3b": (2048, 11008, 36, 16, 2, 151936, True), "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, False),
+          "qwen2.5-14b": (5120, 13824, 48, 40, 8, 152064, False)}
+
+
+def make(shape, device, dtype):
+    """A causal LM with random weights, in eval mode. Nothing ends a completion."""
+    hidden, mlp, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]
+    kind = transformers.Qwen2Config if "qwen" in shape else transformers.LlamaConfig
+    config = kind(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+                  num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=32768,
+                  initializer_range=0.08 if shape == "tiny" else 0.02, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
+
+
+def save(shape, folder, device, dtype):
+    """The same as a checkpoint, with the tokenizer of sft.py's tiny model: a token a character, or less."""
+    import sft
+    make(shape, device, dtype).save_pretrained(folder)
+    sft.tiny_tokenizer().save_pretrained(folder)
+
+
+def sync():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def once(run):
+    """Seconds that run() takes."""
+    sync()
+    start = time.perf_counter()
+    run()
+    sync()
+    return time.perf_counter() - start
+
+
+def seconds(run):
+    """Median of five, after one that does not count."""
+    once(run)
+    return statistics.median(once(run) for _ in range(5))
+
+
+def peaks(device, dtype):
+    """-> (bytes/s of a copy, reads and writes counted, FLOP/s of a matrix product), measured"""
+    gpu = torch.device(device).type == "cuda"
+    source = torch.zeros((2 ** 32 if gpu else 2 ** 28) // dtype.itemsize, dtype=dtype, device=device)
+    target, n = torch.empty_like(source), 8192 if gpu else 1024
+    bandwidth = 2 * source.nbytes / seconds(lambda: target.copy_(source))
+    left, right = torch.randn(2, n, n, dtype=dtype, device=device)
+    return bandwidth, 2 * n ** 3 / seconds(lambda: left @ right)
+
+
+def machine(device, bandwidth, rate):
+    """One line on what was measured where."""
+    name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return (f"{name}, torch {torch.__version__}, transformers {transformers.__version__}: copies {bandwidth / 1e9:,.0f} GB/s, "
+            f"multiplies {rate / 1e12:,.2f} TFLOP/s")
