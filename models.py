@@ -226,7 +226,8 @@ class Optimizer:
         self.names, self.parameters = list(named), list(named.values())
         self.low = {p: torch.zeros(p.shape, dtype=torch.int16, device=p.device) for p in self.parameters if p.dtype == torch.bfloat16}
         self.sums, self.max_norm = {}, args.max_grad_norm or math.inf
-        self.master = {p: torch.nn.Parameter(torch.empty(0, device=p.device)) if p in self.low else p for p in self.parameters}
+        self.master = {p: torch.nn.Parameter(torch.empty([0] * p.ndim, device=p.device)) if p in self.low else p
+                       for p in self.parameters}                # of as many dimensions, as Muon asks for two
         for p in self.low:
             p.register_post_accumulate_grad_hook(self.take)
         muon = {p for name, p in named.items() if args.optim == "muon" and p.ndim == 2 and ".layers." in name}
@@ -275,7 +276,7 @@ class Optimizer:
                 optimizer.step()
                 for p in part if part[0] in self.low else ():
                     p.data[...], self.low[p][...] = parted(self.master[p].data)
-                    self.master[p].data, self.master[p].grad = torch.empty(0, device=p.device), None
+                    self.master[p].data, self.master[p].grad = torch.empty([0] * p.ndim, device=p.device), None
         self.zero_grad()
         return float(norm)
 

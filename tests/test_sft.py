@@ -362,7 +362,8 @@ def test_same_seed_same_bytes_another_seed_others(toy, tmp_path):
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("kind", [[], ["--optim", "muon"], ["--optim", "adamw8bit"], ["--lora_rank", "4"]])
+@pytest.mark.parametrize("kind", [[], ["--optim", "muon"], ["--optim", "adamw8bit"], ["--lora_rank", "4"], ["--dtype", "bfloat16"],
+                                  ["--lora_rank", "4", "--load_in_4bit"], ["--dtype", "bfloat16", "--optim", "muon"]], ids=" ".join)
 def test_a_resumed_run_ends_with_the_same_bits(toy, tmp_path, kind):
     argv = lambda out, *more: flags(toy, tmp_path / out, "--save_every", 3, "--warmup", 2, *kind, *more, steps=7)
     sft.main(argv("whole"))
@@ -371,6 +372,8 @@ def test_a_resumed_run_ends_with_the_same_bits(toy, tmp_path, kind):
         shutil.rmtree(tmp_path / "cut" / name)
     sft.main(argv("cut", "--resume"))
     assert same(tmp_path / "whole", tmp_path / "cut") and [m["step"] for m in metrics(tmp_path / "cut")] == list(range(1, 8))
+    a, b = (torch.load(tmp_path / f"{x}/checkpoint-7/trainer.pt")["weights"] for x in ("whole", "cut"))
+    assert a.keys() == b.keys() and all(a[k].dtype == torch.float32 and torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_bits(toy, tmp_path):
