@@ -72,22 +72,34 @@ TERM = r"(?:-?\(+)?-?[0-9]{1,12}(?:\.[0-9]{1,9})?\)*"
 SIDE = rf"{TERM}(?: ?[-+*/] ?{TERM})*"
 EQUATIONS = re.compile(rf"(?<![-+*/^=.()\w\\])(?<![-+*/^=(] ){SIDE}(?: ?= ?{SIDE})+(?![\w(^\\]| ?[-+*/^]|\.[0-9])")
 STEP, OPERAND = re.compile("[0-9)][-+*/]"), re.compile("[0-9.]+")  # of a side that is more than a number
+MARKUP = re.compile(r"\$|`|\\[()\[\]]|\*\*(?:(?![0-9(])|(?<![0-9)]\*\*))")  # but 2**3 is a power
 SPACES = re.compile(r"[ \t]{2,}|\t")
 BULLETS = re.compile("(?m)^ ?[-*\u2022] ")
 TIMES = re.compile("(?<=[0-9]) ?[xX] ?(?=[0-9])")
 GROUPS = re.compile("(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 
 
-def take(pool, operands, result):
-    """The numbers at hand after a step that uses up `operands` and leaves `result`; None where one of them is not at hand."""
-    pool = pool.copy()
-    try:
-        for operand in operands:
-            pool.remove(operand)
-    except ValueError:
-        return None
-    pool.append(result)
-    return pool
+def unwrapped(side):
+    """A side without a bracket of the text around its equation: `(so 3+5=8)`."""
+    surplus = side.count("(") - side.count(")")
+    if surplus > 0 and side.startswith("(" * surplus):
+        return side[surplus:]
+    return side[:surplus] if surplus < 0 and side.endswith(")" * -surplus) else side
+
+
+def played(side, result, pools):
+    """Countdown: the numbers at hand after a step, for each of `pools` (lists of numbers at hand) that holds its operands."""
+    operands = [Fraction(number) if "." in number else int(number) for number in OPERAND.findall(side)]
+    reached = []
+    for pool in pools:
+        pool = pool.copy()
+        try:
+            for operand in operands:
+                pool.remove(operand)
+        except ValueError:  # not at hand
+            continue
+        reached.append([*pool, result])
+    return reached
 
 
 def share_true(text, nums=None):
@@ -97,26 +109,27 @@ def share_true(text, nums=None):
     results of true equations so far, each used up by the step that takes it. A step may go on from any point reached before, so
     that several tries start afresh. At most 200 equations count.
     """
-    text = "\n".join([line for line in plain_signs(text).replace("$", " ").split("\n") if "=" in line])
-    text = BULLETS.sub("", SPACES.sub(" ", text))
+    text = "\n".join([line for line in text.split("\n") if "=" in line])
+    text = BULLETS.sub("", SPACES.sub(" ", plain_signs(MARKUP.sub(" ", text))))
     text = GROUPS.sub("", text) if "," in text else text
     text = TIMES.sub("*", text) if "x" in text or "X" in text else text
     pools, verdicts = [sorted(nums or ())], {}
     for chain in EQUATIONS.findall(text):
         sides = chain.replace(" ", "").split("=")
+        sides = list(map(unwrapped, sides)) if "(" in chain or ")" in chain else sides
         for one, other in zip(sides, sides[1:]):
-            written = [side for side in (one, other) if not side.isdecimal() and STEP.search(side)]
-            if not written or len(verdicts) >= 200:
+            steps = [side for side in (one, other) if not side.isdecimal() and STEP.search(side)]
+            if not steps or len(verdicts) >= 200:
                 continue
             left, right = evaluate(one), evaluate(other)
             key = (left[1] if left else one, right[1] if right else other)  # `2 + 3`, `(2+3)`, `2.0+3` are the same
             if key in verdicts:
                 continue
-            verdicts[key] = left is not None and right is not None and left[0] == right[0]
-            if verdicts[key] and nums is not None:
-                for side in written:
-                    operands = list(map(Fraction if "." in side else int, OPERAND.findall(side)))
-                    reached = [after for pool in pools if (after := take(pool, operands, abs(left[0])))]
-                    verdicts[key] = verdicts[key] and bool(reached)
-                pools += reached[:64 - len(pools)] if verdicts[key] else []
+            true = left is not None and right is not None and left[0] == right[0]
+            if true and nums is not None:
+                # A difference may be written either way round, and goes on as a positive number.
+                moves = [played(side, abs(left[0]), pools) for side in steps]
+                true = all(moves)
+                pools += moves[-1][:64 - len(pools)] if true else []
+            verdicts[key] = true
     return sum(verdicts.values()) / len(verdicts) if verdicts else 0.0

@@ -27,22 +27,31 @@ WORK = "import sys; sys.path.append(sys.argv.pop()); import mathematics; mathema
 # ---------------------------------------------------------------------------------------------- one spelling
 
 SPELLINGS = {
-    "\u2212": "-", "\u00d7": "\\cdot ", "\u00b7": "\\cdot ", "\u00f7": "/", "\u00b0": "^\\circ", "\u03c0": "\\pi ", "\u221e": "\\infty ",
-    "\u2264": "\\le ", "\u2265": "\\ge ", "\u222a": "\\cup ", "\u2208": "\\in ", "\u00b1": "\\pm ", "\u221a": "\\sqrt ", "{,}": ",",
-    "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "\\times": "\\cdot", "\\div": "/", "\\degree": "^\\circ",
-    "\\leqslant": "\\le", "\\leq": "\\le", "\\geqslant": "\\ge", "\\geq": "\\ge", "\\lbrace": "\\{", "\\rbrace": "\\}",
-    "\\mbox": "\\text", "\\textbf": "\\text", "\\textrm": "\\text", "\\mathrm": "\\text", "\\mathbf": "\\text", "{bmatrix}": "{pmatrix}",
+    "\u2212": "-", "\u00d7": "\\cdot ", "\u00b7": "\\cdot ", "\u22c5": "\\cdot ", "\u00f7": "/", "\u00b0": "^\\circ", "\u03c0": "\\pi ",
+    "\u221e": "\\infty ", "\u2264": "\\le ", "\u2265": "\\ge ", "\u222a": "\\cup ", "\u2208": "\\in ", "\u00b1": "\\pm ",
+    "\u221a": "\\sqrt ", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac", "\\times": "\\cdot", "\\div": "/",
+    "\\degree": "^\\circ", "\\leqslant": "\\le", "\\leq": "\\le", "\\geqslant": "\\ge", "\\geq": "\\ge", "\\lbrace": "\\{",
+    "\\rbrace": "\\}", "\\mbox": "\\text", "\\textbf": "\\text", "\\textrm": "\\text", "\\mathrm": "\\text", "\\mathbf": "",
+    "\\boldsymbol": "", "{bmatrix}": "{pmatrix}", "{,}": ",",
 }
-UNIT = r"\\text\s*\{(?![^{}]*\b(?:hundred|thousand|million|billion|dozen|half|not?|or|and|than|less|more|least|most)\b)[^{}]*\}"
 SPELLING = re.compile("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isalpha() and old[0] == "\\" else "") for old in SPELLINGS))
+# `\text{ cm}`, but nothing that says more than a unit: another value, or how far this one holds
+UNIT = r"\\text\s*\{(?![^{}]*\b(?:hundred|thousand|million|billion|dozen|half|not?|or|and|than|less|more|least|most)\b)[^{}0-9,]*\}"
 
 
 def tidy(text):
+    """One spelling for what is written in many ways: `\\(\\dfrac12\\text{ cm}\\)` and `$\\frac{1}{2}$.` become `\\frac{1}{2}`.
+
+    What is taken away leaves a space, so that `$7$ $2$`, `7**2`, `7 \\quad 2` never become 72.
+    """
     text = SPELLING.sub(lambda match: SPELLINGS[match[0]], text)
-    text = re.sub(r"\\!\s*|\\(?:left|right|displaystyle|limits)(?![a-zA-Z])\.?|\*\*", "", text)
-    text = re.sub(r"(?<!\\)\\[,;: ()\[\]$]|\\quad|~|\$", " ", text)  # spaces, the ends of formulas, dollars
+    text = re.sub(r"\\!\s*", "", text)  # the one exception: 10,\!080
+    text = re.sub(r"\\(?:left|right)(?![a-zA-Z])\.?|\\(?:displaystyle|limits)(?![a-zA-Z])|\*\*|`", " ", text)
+    text = re.sub(r"(?<!\\)\\[,;: ()\[\]$]|~|\$", " ", text)  # spaces, the ends of formulas, dollars
     first, *others = re.split(r"\\(?:boxed|fbox)\s*(?=\{)", text)
-    text = (first + ", ".join(others)).strip().rstrip(".,")  # two boxes are a list
+    text = (first + ", ".join(others)).strip().rstrip(" .,\n")  # two boxes are a list
+    if "\\begin" not in text:  # and so are two formulas with a wide space or a new line between them
+        text = re.sub(r"\\q?quad(?![a-z])|(?<=[^\s{=,&])[ \t]*\n(?=\s*[^\s}=,&])", ",", text)
     if (inside := enclosed(text)) and inside[0] == "{":
         text = inside[1].strip()
     text = re.sub(r"\\text\s*\{\s*,?\s*(?:or|and)\s*\}|(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])|;", ",", text)
@@ -50,13 +59,14 @@ def tidy(text):
     text = re.sub(r"(?<=[^\s,=])\s*" + UNIT + r"(?:\s*\^\s*\{?[0-9]\}?)?(?=\s*(?:,|$))", " ", text)
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"(?<=[0-9}])\s+(?:cm|mm|km|kg|ft|in|mi|ml|mL)\b(?:\s*\^\s*\{?[23]\}?)?\s*$", "", text)
-    text = re.sub(r"\\(frac|sqrt)\s*([0-9a-zA-Z])", r"\\\1{\2}", text)
+    text = re.sub(r"\\(frac|sqrt)\s*([0-9a-zA-Z])", r"\\\1{\2}", text)  # \frac12, \sqrt2
     text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}", text)
     text = re.sub(r"(?<![\\a-zA-Z])(sqrt|pi|sin|cos|tan|log|ln)(?![a-zA-Z])", r"\\\1", text)
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
-    text = re.sub(r"(?<![0-9a-zA-Z])\s+|\s+(?![0-9a-zA-Z])", "", text)  # `1 2` is not 12, `\pi r` not `\pir`
-    if not re.search(r"[(\[{]", text):
+    if not re.search(r"[(\[{]", text):  # 1,100 is a number; `1, 100` is a list, and so is (1,100)
         text = re.sub(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])", lambda match: match[0].replace(",", ""), text)
+    text = re.sub(r"\s+", " ", text)
+    text = re.sub(r"(?<![0-9a-zA-Z]) | (?![0-9a-zA-Z])", "", text)  # but one stays in `1 2`, which is not 12, and in `\pi r`
     text = re.sub(r"_\{([0-9a-zA-Z])\}", r"_\1", text)
     return re.sub(r"^\+|[.,]+$", "", text).strip()
 
@@ -129,6 +139,7 @@ def shape(text):
 
 
 def both_signs(text):
+    """`1\\pm\\sqrt2` -> both its values, as texts; any other text -> itself."""
     return [text.replace("\\pm", sign, 1).lstrip("+") for sign in "+-"] if text.count("\\pm") == 1 else [text]
 
 
@@ -145,8 +156,10 @@ def equal(gold, said):
 
 
 def same(gold, said, percent=(False, False)):
+    """equal(), for tidy texts. percent: whether a percent sign stood in gold, in said."""
     (kind, golds), (said_kind, saids) = shape(gold), shape(said)
-    if kind != said_kind or len(golds) != len(saids):  # an interval may be written as inequalities, or the other way round
+    if kind != said_kind or len(golds) != len(saids):
+        # The one pair of shapes that may be equal: an interval, and the same as an inequality.
         gold, said = (NAME.sub("", text, 1) if NAME.match(text) else text for text in (gold, said))
         mixed = "value" in (kind, said_kind) and INTERVALS & {kind, said_kind} and INEQUALITY.search(gold + said)
         return bool(mixed) and verified(gold, said)
@@ -165,10 +178,14 @@ def same(gold, said, percent=(False, False)):
 # ---------------------------------------------------------------------------------------------- single values
 
 def rational(text):
-    """`-3`, `.5`, `3/4`, `-\\frac{3}{4}`, `1\\frac{3}{4}` -> its exact value, else None."""
+    """`-3`, `.5`, `3/4`, `-\\frac{3}{4}`, `1\\frac{3}{4}`, `1 3/4`, `0.1\\overline{6}` -> its exact value, else None."""
+    if match := re.fullmatch(r"([-+]?)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}", text):
+        sign, whole, fixed, period = match.groups()
+        value = Fraction(int(whole + fixed + period) - int(whole + fixed or 0), 10 ** len(fixed) * (10 ** len(period) - 1))
+        return -value if sign == "-" else value
     number = r"[0-9]*\.?[0-9]+|[0-9]+\."
     fraction = rf"\\frac\{{([-+]?(?:{number}))\}}\{{([-+]?(?:{number}))\}}"
-    match = re.fullmatch(rf"([-+]?)(?:([0-9]+)(?=\\frac))?(?:({number})(?:/([0-9]+))?|{fraction})", text)
+    match = re.fullmatch(rf"([-+]?)(?:([0-9]+)(?:(?=\\frac)| (?=[0-9]+/)))?(?:({number})(?:/([0-9]+))?|{fraction})", text)
     if not match:
         return None
     sign, whole, top, bottom, over, under = match.groups()
@@ -177,14 +194,18 @@ def rational(text):
 
 
 def related(text):
+    """An equation or an inequality."""
     return re.search(r"[<>=]|\\[lg]e(?![a-z])|\\ne", text) is not None
 
 
 def words(text):
-    return re.search(r"[a-zA-Z]{4}|[a-zA-Z]{2,} [a-zA-Z]{2,}", re.sub(r"\\[a-zA-Z]+", "", text)) or re.fullmatch("[a-zA-Z]{3,}", text)
+    """Prose, which is compared as such: a long word, two words, or three letters alone (`yes`, but not `xy`)."""
+    plain = re.sub(r"\\[a-zA-Z]+", "", text)
+    return re.search(r"[a-zA-Z]{4}|[a-zA-Z]{2,} [a-zA-Z]{2,}", plain) or re.fullmatch("[a-zA-Z]{3,}", text)
 
 
-def same_value(gold, said, percent=(False, False)):
+def same_value(gold, said, percent):
+    """Rule 3 for two single values. Of a chain `3*6=18` each side must be the gold."""
     if gold == said:
         return True
     name, said_name = NAME.match(gold), NAME.match(said)
@@ -212,9 +233,11 @@ def too_heavy(text):
     for c in text:
         depth += (c in "([{") - (c in ")]}")
         deepest = max(deepest, depth)
-    towers = r"\^\{?[^a-z{}]*\^|\^\{?-?\(?[0-9]{5}"
-    large = r"[0-9]{4}!|[^0-9a-z]!|!!|\\(sum|prod|i*nt|lim|binom\{?[0-9]{4})"
-    return deepest > 8 or text.count("|") > 8 or re.search(f"{towers}|{large}", text) or len(re.findall(r"[)}]\^\{?[0-9]{2}", text)) > 1
+    heavy = (r"\^\{?[^a-z{}]*\^", r"\^\{?-?\(?[0-9]{5}",  # a tower of powers, a power by a large number
+             r"[0-9]{4}!", r"[^0-9a-z]!", r"!!",  # factorials of large numbers, or of what may be large
+             r"\\(?:sum|prod|i*nt|lim|binom\{?[0-9]{4})")
+    return (deepest > 8 or text.count("|") > 8 or len(re.findall(r"[)}]\^\{?[0-9]{2}", text)) > 1
+            or any(re.search(pattern, text) for pattern in heavy))
 
 
 def letters(text):
@@ -222,6 +245,9 @@ def letters(text):
 
 
 def verified(gold, said):
+    """What math-verify says of two tidy texts, where both are mathematics that it reads as a person does."""
+    if said.count("'") != gold.count("'"):  # it reads over the mark of a derivative
+        return False
     if letters(said) - letters(gold) - {"e", "i"} and not INEQUALITY.search(said):  # a variable that the gold does not have
         return False
     if not re.fullmatch(r"[-A-Za-z0-9 \\^_{}()\[\]+*/=<>.,!|&:']+", said) or too_heavy(said) and not too_heavy(gold):

@@ -44,11 +44,10 @@ LENGTH = (500, 800)  # tokens that cost nothing, tokens at which the length part
 
 
 # ---------------------------------------------------------------------------------------------- which answer
-
 def tail(text, style):
     """The part of a completion that may hold its answer; None where the reasoning was never closed."""
-    text = text[text.rfind(f"</{style}>") + len(style) + 3:] if f"</{style}>" in text else text
-    return None if f"<{style}>" in text else text
+    after = text.rpartition(f"</{style}>")[2]
+    return None if f"<{style}>" in after else after
 
 
 def answer_block(text):
@@ -57,7 +56,10 @@ def answer_block(text):
     return None if start < 0 else text[start + 8:text.find("</answer>", start)].strip()
 
 
+# 1,234.5 in true groups of three, 1234.5, .5
 NUMERAL = r"[1-9][0-9]{0,2}(?:(,|\{,\}| )[0-9]{3}(?:\1[0-9]{3})*)(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
+# with its sign and currency, and not a part of a word (v2) or of a difference (10-5)
+LAST_NUMBER = rf"(?:(?<![\w.)])[-+\u2212])?(?:\\?\$)?(?<![\w.])(?:{NUMERAL})"
 
 
 def answer(text, style="reasoning", strict=True, labels=None):
@@ -69,22 +71,24 @@ def answer(text, style="reasoning", strict=True, labels=None):
     text = re.sub("</?answer>", "\n", text)[-10_000:]  # stray tags; no answer stands further from the end
     if (box := last_box(text)) is not None:
         return box.strip()
-    for pattern in (r"####[ \t]*(.*)", r"(?i:answer is)[ \t]*:?[ \t]*((?:[^.\n]|\.(?=\S))*)"):  # to the end of line, of sentence
+    # to the end of the line; to the end of the sentence, for which a full stop has white space behind it
+    for pattern in (r"####[ \t]*(.*)", r"(?i:answer is)(?:\s*:)?\s*(?=\S)((?:[^.\n]|\.(?=\S))+)"):
         if found := re.findall(pattern, text):
             return found[-1].strip()
-    last = rf"(?:(?<![\w.)])[-+\u2212])?(?:\\?\$)?(?<![\w.])(?:{NUMERAL})" if labels is None else \
-        rf"(?<!\w)(?:{'|'.join(map(re.escape, labels))})(?!\w)"
-    return ([match[0] for match in re.finditer(last, text)] or [None])[-1]
+    last = LAST_NUMBER if labels is None else rf"(?<!\w)(?:{'|'.join(map(re.escape, labels))})(?!\w)"
+    found = [match[0] for match in re.finditer(last, text)]
+    return found[-1] if found else None
 
 
 # ---------------------------------------------------------------------------------------------- countdown
-
-SPACE, DIGITS = re.compile(r"[^\S ]"), re.compile("[0-9]+")  # SPACE: any Unicode space but the plain one
+UNUSUAL_SPACE, DIGITS = re.compile(r"[^\S ]"), re.compile("[0-9]+")
 
 
 def expression(said, row):
     """(value, shortest text, text) of a countdown answer that keeps to the rules, whatever its value; else None."""
-    said = SPACE.sub(" ", arithmetic.plain_signs(said)).strip() if len(said) < 2000 else ""
+    if len(said) > 2000:  # before the signs are replaced; what counts is the length after
+        return None
+    said = UNUSUAL_SPACE.sub(" ", arithmetic.plain_signs(said)).strip()
     body, equals, result = said.partition("=")
     if not 0 < len(said) <= 200 or "." in body or equals and result.strip() != str(row["target"]):
         return None
@@ -97,9 +101,9 @@ def expression(said, row):
 def countdown(said, row):
     """One expression that uses each given number exactly once and equals the target.
 
-    - over non-negative ASCII integers without leading zeros, + - * /, unary minus and parentheses; nothing else (no unary plus,
-      powers, `//`, decimals, exponents, hex, `_`, names, calls, comments, `\\boxed`, `\\frac`, `$`), at most 200 characters
-    - after `×`, `·`, `\\times`, `\\cdot` became `*`, `÷`, `\\div` became `/`, U+2212 became `-`, any Unicode space a space
+    - over non-negative ASCII integers without leading zeros, + - * /, unary minus and parentheses; at most 200 characters
+    - nothing else: no unary plus, powers, `//`, decimals, exponents, hex, `_`, names, calls, comments, `\\boxed`, `\\frac`, `$`
+    - signs first: `×`, `·`, `\\times`, `\\cdot` are `*`; `÷`, `\\div` are `/`; U+2212 is `-`; any Unicode space is a space
     - it may end in `= t`, t being the true target
     - its value, an exact rational, equals the target
     """
@@ -108,14 +112,19 @@ def countdown(said, row):
 
 
 # ---------------------------------------------------------------------------------------------- gsm8k
-
-DECORATION = re.compile(r"\*+|__|`|\\(?:boxed|text|textbf|textrm|mathbf|mathrm)(?![a-z])|\\?[$%]|[€£¥₹₩₽¢{}()]|\\[()\[\],;:! ]")
-NO_UNIT = frozenset("""or and not no is isn to than plus minus times over point squared cubed half dozen dozens hundred hundreds thousand
-    thousands million millions billion billions trillion k K M bn e i n x y z pi π st nd rd th wrong""".split())
+DECORATION = re.compile(r"\*+|__|`|\\(?:boxed|text(?:bf|rm)?|math(?:bf|rm)|boldsymbol)(?![a-z])"
+                        r"|\\?[$%]|[€£¥₹₩₽¢{}()]|\\[()\[\],;:! ]")
+NO_UNIT = frozenset("""or and not no isn is to than plus minus times over point squared cubed factorial negative wrong
+    half dozen dozens hundred hundreds thousand thousands lakh lakhs million millions crore crores billion billions trillion
+    k K M bn mn e i n x y z pi π st nd rd th""".split())  # after a number these change its value, or unsay it
+WORD = r"[^\W\d_]{1,20}"
+BEFORE = re.compile(rf"(?:{WORD}(?: {WORD}){{0,5}} ?(?:=|:| is))? ?(?:USD?)? ?([-+]?)")  # `x =`, `The cost is -`
+UNIT = re.compile(rf"°?(?:[°'/-]? ?{WORD}\.?){{0,6}} ?\.?")  # ` apples per day.`
 
 
 @lru_cache(4096)
 def one_number(text):
+    """number(), which bounds what this cache may hold."""
     if re.fullmatch("-?[0-9]+", text):
         return int(text)
     if not text.isascii() and any(c.isnumeric() and not c.isascii() for c in text):
@@ -127,10 +136,9 @@ def one_number(text):
     if len(found) != 1:
         return None
     before, after = (part.replace("\0", " ").strip() for part in (text[:found[0].start()], text[found[0].end():]))
-    hedged = re.search(r"\b(?:not|no|or|and|than)\b", before)
-    sign = not hedged and re.fullmatch(r"(?:[^\W\d_][^\W\d_ ]{0,20}(?: [^\W\d_]{1,20}){0,5} ?(?:=|:| is))? ?([-+]?)", before)
-    unit = re.fullmatch(r"(?:[°'/-]? ?[^\W\d_]{1,20}\.?){0,6} ?\.?", after)
-    if not sign or not unit or not NO_UNIT.isdisjoint(re.findall(r"\w+", after)):
+    sign, unit = BEFORE.fullmatch(before), UNIT.fullmatch(after)
+    hedged = re.search(r"\b(?:not|no|or|and|than)\b", before) or not NO_UNIT.isdisjoint(re.findall(r"\w+", after))
+    if not sign or not unit or hedged:
         return None
     return Fraction(sign[1] + re.sub("[, ]", "", found[0][0]))
 
@@ -158,7 +166,6 @@ def gsm8k(said, row):
 
 
 # ---------------------------------------------------------------------------------------------- math, arc, code
-
 def math_gold(row):
     return str(row["answer"]) if row.get("answer") is not None else last_box(str(row.get("solution")))
 
@@ -170,26 +177,27 @@ def math_(said, row):
     - where the gold is one value, a list or set of guesses, `18 or 20`, two boxes, or a false equation is wrong; `x=5` is 5
     - a numeric answer must be exact, not rounded; it may be written in all the ways of gsm8k's
     """
-    gold, product = math_gold(row), re.search(r"[0-9)}]\s*[a-zA-Z]{1,2}(?![a-zA-Z])|[0-9][a-zA-Z]", said[:200])
-    value = None if product else number(said)  # `5r` and `2 ab` are no numbers with units
+    gold = math_gold(row)
+    product = re.search(r"[0-9)}]\s*[a-zA-Z]{1,2}(?![a-zA-Z])|[0-9][a-zA-Z]", said[:200])
+    value = None if product or "=" in gold else number(said)  # `5r`, `2 ab` are no numbers with units; y=5 is not x=5
     return value is not None and value == number(mathematics.tidy(gold)) or mathematics.equal(gold, said)
 
 
-MARKS = re.compile(r"\\boxed\{|\\text\{|[*${}]")
+MARKS = re.compile(r"\\(?:boxed|text(?:bf|rm)?|math(?:bf|rm))\{|\\[()\[\]]|[*${}`]")
 
 
 def bare(text):
-    """A choice's text without bold, box, case, final full stop and extra white space."""
+    """A choice's text without bold, box, backticks, case, final full stop and extra white space."""
     return " ".join(MARKS.sub("", text).casefold().split()).rstrip(". ")
 
 
 def arc(said, row):
-    """Exactly one of the row's labels (`B`, `(B)`, `B.`, `B) its text`), or exactly one choice's text."""
+    """Exactly one of the row's labels (`B`, `(B)`, `B.`, `B) its text`, `B - its text`), or exactly one choice's text."""
     if len(said) > 2000:
         return False
     choices = dict(zip(row["choices"]["label"], row["choices"]["text"]))
-    any_label = "|".join(map(re.escape, choices))
-    label = re.fullmatch(rf"\(?({any_label})\)?(?:(?:[.:)]\s*|\s+)(.*))?", MARKS.sub("", said), re.S)
+    labels = "|".join(map(re.escape, choices))
+    label = re.fullmatch(rf"\(?({labels})\)?(?:(?:[.:),]\s*|\s+-?\s*)(.*))?", MARKS.sub("", said), re.S)
     if label and (not label[2] or bare(label[2]) == bare(choices[label[1]])):
         return label[1] == row["answerKey"]
     return [name for name, text in choices.items() if bare(text) == bare(said)] == [row["answerKey"]]
@@ -208,7 +216,6 @@ def code(said, row):
 
 
 # ---------------------------------------------------------------------------------------------- the other parts
-
 def format_part(text, style):
     """1.0: one non-empty reasoning block, then one non-empty answer block, and white space; no tag repeated or nested."""
     pieces = TAGS[style].split(text)
@@ -224,21 +231,20 @@ def length_part(n_tokens, length=LENGTH):
 
 
 def process_part(text, style, nums=None):
-    """Share of the distinct equations of the reasoning that are true, `3+5=8`; for countdown with operands at hand: arithmetic.py."""
-    reasoning = text[:max(text.rfind(f"</{style}>"), 0)]
+    """Share of the distinct equations of the reasoning that are true, `3+5=8`; countdown: and whose operands are at hand."""
+    reasoning = text.rpartition(f"</{style}>")[0]
     return arithmetic.share_true(reasoning[:20_000].rpartition(f"<{style}>")[2], nums) if "=" in reasoning else 0.0
 
 
 def efficiency_part(said, row):
-    """Length of the shortest way to write a right expression / its length as written: parentheses and padding cost."""
+    """Countdown, for a right answer: length of the shortest way to write it / its length: needless parentheses cost."""
     _, shortest, written = expression(said, row)
     return min(1.0, len(shortest) / len(written))
 
 
 # ---------------------------------------------------------------------------------------------- scores
-
 def grade(task, text, row, style, strict):
-    """(1.0 or 0.0, the answer that it is for)."""
+    """(1.0 where the answer is right, else 0.0; the answer). Programs may also stand in the tail, without an answer tag."""
     said = answer(text, style, strict or task == "code", row["choices"]["label"] if task == "arc" else None)
     if task == "code" and said is None and FENCED.search(rest := tail(text, style) or ""):
         said = rest
@@ -277,14 +283,14 @@ def score_batch(tasks, texts, rows, style="reasoning", weights=None, n_tokens=No
     if len(slow) < 2:
         return [one(item) for item in items]
     from concurrent.futures import ThreadPoolExecutor
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # shared with torchrun's other processes
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, which share the cores
+    cores = len(os.sched_getaffinity(0)) // processes
     with ThreadPoolExecutor(max(1, min(cores, len(slow)))) as threads:
         waiting = {i: threads.submit(one, items[i]) for i in slow}
         return [waiting[i].result() if i in waiting else one(item) for i, item in enumerate(items)]
 
 
 # ---------------------------------------------------------------------------------------------- what a task asks
-
 FORM = """{0}
 
 First reason step by step between <{1}> and </{1}>. Then give the answer alone between <answer> and </answer>:
@@ -306,14 +312,17 @@ def code_question(row):
     return f"{row['text']}\nYour code should pass these tests:\n\n" + "\n".join(row["test_list"])
 
 
-# columns: name -> type, a list of one type, or a dict of columns. data: the default PATH, and the hub's configuration after a blank.
-# grade: (said, row) -> right or not; slow: it waits for other processes. instruction: the system turn, but for its form.
-# ask: row -> the user turn, the problem alone. gold: row -> None where the row cannot be scored, because of what it `needs`.
+# columns      name -> type, a list of one type, or a dict of columns
+# data         the default PATH of a source, and after a blank the hub's configuration
+# instruction  the system turn, to which messages() adds the form; ask: row -> the user turn, the problem alone
+# grade        (said, row) -> right or not; slow: it waits for other processes, so that score_batch() runs several at once
+# gold         row -> the right answer, None or "" where the row cannot be scored; needs: what load_rows() says then
 TASKS = {
     "countdown": {
         "columns": {"nums": [int], "target": int}, "data": "data/countdown", "grade": countdown,
-        "gold": lambda row: row["target"] if min(row["nums"], default=-1) >= 0 else None, "needs": "'nums' must hold numbers of 0 or more",
         "ask": lambda row: f"Numbers: {row['nums']}\nTarget: {row['target']}",
+        "gold": lambda row: row["target"] if min(row["nums"], default=-1) >= 0 else None,
+        "needs": "'nums' must hold numbers of 0 or more",
         "instruction": "You solve Countdown number problems. Combine the given numbers with +, -, *, / and parentheses into one "
                        "expression that equals the target. Use each number exactly once. The answer is the expression alone.",
     },
@@ -324,7 +333,8 @@ TASKS = {
     },
     "math": {
         "columns": {"problem": str}, "data": "HuggingFaceH4/MATH-500", "grade": math_, "slow": True,
-        "gold": math_gold, "needs": "needs a column 'answer', or a 'solution' with a \\boxed{}", "ask": lambda row: row["problem"],
+        "ask": lambda row: row["problem"],
+        "gold": math_gold, "needs": "needs a column 'answer', or a 'solution' with a \\boxed{}",
         "instruction": "You solve mathematics problems. The answer is the final result alone, in LaTeX, simplified and exact.",
     },
     "arc": {
@@ -350,7 +360,6 @@ def messages(task, row, style="reasoning"):
 
 
 # ---------------------------------------------------------------------------------------------- rows
-
 def ready(task):
     """What the task's grader still needs on this machine, or None."""
     if task == "math" and not find_spec("math_verify"):
@@ -361,10 +370,10 @@ def ready(task):
 
 
 def load_rows(source, split):
-    """Rows of a SOURCE, `TASK[=PATH][:N]`, each checked and with its "task" added. split: train, val or test.
+    """Rows of a SOURCE, `TASK[=PATH][:N]`, each checked and with its "task" added; DataError says what is wrong with one.
 
-    PATH is a .jsonl or .parquet file (whatever the split), a folder that holds {split}.jsonl or {split}.parquet, or else a hub id;
-    without PATH the task's default. N takes the first N rows.
+    split: train, val or test. PATH is a .jsonl or .parquet file (whatever the split), a folder that holds {split}.jsonl or
+    {split}.parquet, or else a hub id; without PATH the task's default. N takes the first N rows.
     """
     spec, colon, count = source.rpartition(":") if ":" in source else (source, "", "")
     task, equals, path = spec.partition("=")
@@ -373,8 +382,10 @@ def load_rows(source, split):
     if colon and not re.fullmatch("0*[1-9][0-9]{0,11}", count) or equals and not path:
         raise DataError(f"{source}: a source is TASK[=PATH][:N], N the number of rows to take, 1 or more")
     default, _, config = TASKS[task]["data"].partition(" ")
-    path, rows = path or default, []
-    for place, row in islice(read_rows(path, config if path == default and config else None, split), int(count) if colon else None):
+    path = path or default
+    found = read_rows(path, config or None if path == default else None, split)
+    rows = []
+    for place, row in islice(found, int(count) if colon else None):
         check(row, TASKS[task]["columns"], place)
         if TASKS[task]["gold"](row) in (None, ""):
             raise DataError(f"{place}: {TASKS[task]['needs']}")
