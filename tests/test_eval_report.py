@@ -112,11 +112,21 @@ def test_wrong_input_gets_one_line_and_exit_code_2(results, capsys):
     (results / "empty").mkdir()
     toys.write(results / "none" / "metrics.jsonl", [])
     (results / "broken").mkdir()
-    (results / "broken" / "metrics.jsonl").write_text('{"step": 1}\n{"step"')
+    (results / "broken" / "metrics.jsonl").write_text('{"step": 1}\n{"step"\n')
+    toys.write(results / "foreign" / "metrics.jsonl", [{"reward": 0.5}])
+    toys.write(results / "samples" / "metrics.jsonl", [{"step": 1, "reward": 0.5}])
+    toys.write(results / "samples" / "samples.jsonl", [{"step": 1, "text": "a"}])
+    (results / "bytes").mkdir()
+    (results / "bytes" / "metrics.jsonl").write_bytes(b"\xff\xfe\n")
+    (results / "list.json").write_text("[[1]]")
     out = str(results / "x.png")
     for argv, said in [(["--curves", str(results / "empty"), "--output", out], "metrics.jsonl"),
                        (["--curves", str(results / "none"), "--output", out], "no metrics"),
                        (["--curves", str(results / "broken"), "--output", out], "line 2"),
+                       (["--curves", str(results / "foreign"), "--output", out], "line 1: not an object with step"),
+                       (["--curves", str(results / "bytes"), "--output", out], "line 1: not JSON"),
+                       (["--report", str(results / "samples"), "--output", out], "samples.jsonl, line 1"),
+                       (["--table", str(results / "list.json")], "list.json"), (["--no_such_flag"], "--no_such_flag"),
                        (["--curves", str(results / "sft"), "--output", str(results / "x.docx")], "--output"),
                        (["--curves", str(results / "sft"), "--output", str(results / "e.json" / "x.png")], "--output"),
                        (["--report", str(results / "sft"), "--results", "nowhere.json"], "nowhere.json"),
@@ -126,4 +136,40 @@ def test_wrong_input_gets_one_line_and_exit_code_2(results, capsys):
         with pytest.raises(SystemExit) as e:
             report.main(argv)
         err = capsys.readouterr().err
-        assert e.value.code == 2 and said in err and "Traceback" not in err, argv
+        assert e.value.code == 2 and said in err and err.count("\n") == 1, (argv, err)
+
+
+def panels(runs):
+    return {axis.get_title(loc="left"): axis for axis in report.draw(list(map(str, runs))).axes if axis.axison}
+
+
+def test_a_step_without_a_figure_does_not_blank_the_others(tmp_path):
+    toys.write(tmp_path / "run" / "metrics.jsonl", [{"step": i, "reward": [float("nan"), None, 0.5][i % 3], "kl": float("inf")}
+                                                    for i in range(300)])
+    shown = panels([tmp_path / "run"])
+    assert list(shown) == ["reward"]
+    for line in shown["reward"].lines:
+        assert set(line.get_ydata()) == {0.5} and len(line.get_ydata()) == 100
+
+
+def test_a_run_that_is_being_written_and_one_that_earns_nothing_can_be_looked_at(tmp_path):
+    toys.write(tmp_path / "run" / "metrics.jsonl", [{"step": i, "reward": 0.0, "process": 0.0} for i in (1, 2)])
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
+        f.write('{"step": 3, "rew')
+    shown = panels([tmp_path / "run"])
+    assert list(shown) == ["reward"] and list(shown["reward"].lines[0].get_xdata()) == [1, 2]
+
+
+def test_a_running_mean_is_that_of_two_percent_on_either_side():
+    values = [i * i % 17 for i in range(150)]
+    smooth = report.smooth(values)
+    assert smooth[0] == pytest.approx(sum(values[:4]) / 4) and smooth[70] == pytest.approx(sum(values[67:74]) / 7)
+    assert report.smooth([3.0]) == [3.0] and report.smooth([]) == []
+
+
+def test_a_dozen_runs_look_different_and_one_step_shows(tmp_path):
+    for i in range(12):
+        toys.write(tmp_path / str(i) / "metrics.jsonl", [{"step": 1, "reward": i / 9}])
+    lines = [line for line in panels([tmp_path / str(i) for i in range(12)])["reward"].lines if line.get_marker()]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12
+    assert all(line.get_marker() not in ("", "None") for line in lines[1::2])
