@@ -172,7 +172,7 @@ def draw(runs):
             steps, values = series(metrics, key)
             if values:
                 axis.plot(steps, values, **look, alpha=0.22, linewidth=0.8)
-                axis.plot(steps, smooth(values), **look, linewidth=1.6, marker="" if len(values) > 1 else "_")
+                axis.plot(steps, smooth(values), **look, linewidth=1.6, marker="" if len(values) > 1 else "x")
             steps, values = series(metrics, "eval_" + key)
             if values:
                 axis.plot(steps, values, "o", color=look["color"], markersize=5, markeredgecolor="white", markeredgewidth=0.7)
@@ -258,14 +258,14 @@ img { width: 100%; border: 1px solid var(--line); border-radius: 8px }
 .card { border: 1px solid var(--line); border-radius: 8px; margin: 0 0 1rem; overflow: hidden }
 .ask { background: var(--soft); padding: .5rem .9rem; border-bottom: 1px solid var(--line); white-space: pre-wrap;
        max-height: 9rem; overflow: auto }
-.two { display: grid; grid-template-columns: 1fr 1fr } .two > div + div { border-left: 1px solid var(--line) }
+.pair, .two { display: grid; grid-template-columns: 1fr 1fr } .pair { gap: 0 1rem } .two > div + div { border-left: 1px solid var(--line) }
 .who { padding: .5rem .9rem 0; font-size: .85rem; color: var(--dim); overflow-wrap: anywhere }
 pre { margin: 0; padding: .5rem .9rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 22rem; overflow: auto;
       font: 12.5px/1.5 ui-monospace, monospace }
 .chip { display: inline-block; font-size: .78rem; padding: .05rem .5rem; border-radius: 9px; background: #eceef1;
         margin: .1rem .25rem .1rem 0 }
 .good { background: #d6efe2 } .bad { background: #f9dcd0 } .tag { color: #a33a8f }
-@media (max-width: 760px) { .two { grid-template-columns: 1fr } .two > div + div { border-left: 0; border-top: 1px solid var(--line) } }
+@media (max-width: 760px) { .pair, .two { grid-template-columns: 1fr } .two > div + div { border-left: 0; border-top: 1px solid var(--line) } }
 """
 
 
@@ -340,7 +340,8 @@ def page(runs, results):
         steps = sorted({r["step"] for r in trained})
         first, last = ([r for r in trained if r["step"] == step] for step in (steps[0], steps[-1]))
         out.append("<h2>First and last logged step</h2><p>Different problems: what training looked like then and at the end.</p>")
-        out += [card(f"{a['prompt']}\n\n{b['prompt']}", a, b) for a, b in list(zip(first, last))[:3]]
+        for a, b in list(zip(first, last))[:3]:
+            out.append(f"<div class=pair>{card(a['prompt'], a)}{card(b['prompt'], b)}</div>")
 
     if records:
         of_last = sorted((r for r in records if r["model"] == records[-1]["model"]), key=lambda r: -r["reward"])
