@@ -1,0 +1,264 @@
+"""The fast sampler gives what the plain one gives, and the plain one what the model's distribution says."""
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, AutoModelForCausalLM, Qwen2Config, Qwen3Config)
+
+import sampler
+
+VOCAB, ENDS = 64, [0, 1, 2]
+PROMPTS = [[5, 6, 7], [9] * 11, [30, 31], [8, 7, 6, 5, 4]]
+
+
+def model(kind=LlamaConfig, seed=0, **config):
+    torch.manual_seed(seed)
+    config = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2, "head_dim": 8, "bos_token_id": None,
+              "eos_token_id": None, "pad_token_id": None} | config
+    lm = AutoModelForCausalLM.from_config(kind(**config)).eval()
+    for name, x in lm.named_parameters():                       # norms and biases come as ones and zeros
+        if x.dim() == 1:
+            x.data += 0.2 * torch.randn_like(x)
+    return lm
+
+
+def bucketed(lm, **options):
+    """A sampler with the few sizes that graphs would be captured for."""
+    fast = sampler.Sampler(lm, **options)
+    fast.batches, fast.multiple, fast.look = (2, 4, 8, 12, 16, 24, 32), 8, 3
+    return fast
+
+
+def keywords(T=30, G=4, **more):
+    return dict(max_new_tokens=T, temperature=1.2, eos_ids=ENDS, group_size=G) | more
+
+
+def noise(T=30, n=16, seed=0):
+    return sampler.uniforms(seed, 1, range(n), T)
+
+
+def assert_same(found, expected):
+    assert found[0] == expected[0]
+    for a, b in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+KINDS = {"llama": (LlamaConfig, {}), "qwen2": (Qwen2Config, {}), "qwen3": (Qwen3Config, {}), "one head each": (LlamaConfig, {
+    "num_key_value_heads": 4}), "untied": (Qwen2Config, {"tie_word_embeddings": False}), "gpt2": (GPT2Config, {"n_head": 4})}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [sampler.Sampler, bucketed])
+def test_fast_tokens_are_the_plain_ones(kind, make):
+    lm = model(KINDS[kind][0], **KINDS[kind][1])
+    fast = make(lm)
+    for T, G, prompts, seed in ((30, 4, PROMPTS, 0), (50, 6, PROMPTS[:3], 1), (5, 1, PROMPTS[::-1], 2), (1, 2, PROMPTS, 3), (9, 1, PROMPTS[:1], 4)):
+        for u in (noise(T, len(prompts) * G, seed), None):
+            plain = sampler.generate(lm, prompts, u, **keywords(T, G))
+            assert_same(fast(prompts, u, **keywords(T, G)), plain)
+            assert u is None or T < 30 or len(set(map(len, plain[0]))) > 3      # ends at random, so that rows leave the batch
+    assert fast.plain is None
+
+
+def test_log_probs_are_those_of_a_full_forward():
+    lm = model(Qwen2Config)
+    ids, logps = bucketed(lm)(PROMPTS, noise(), **keywords())
+    for i, (row, found) in enumerate(zip(ids, logps)):
+        prompt = PROMPTS[i // 4]
+        logits = lm(input_ids=torch.tensor([prompt + row])).logits[0, len(prompt) - 1:-1]
+        expected = (logits / 1.2).log_softmax(-1).gather(1, torch.tensor(row)[:, None]).squeeze(1)
+        torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-5)
+
+
+def test_a_changed_weight_is_seen_by_the_very_next_call():
+    lm = model()
+    fast, u = bucketed(lm), noise()
+    before = fast(PROMPTS, u, **keywords())
+    with torch.no_grad():
+        lm.model.layers[1].mlp.down_proj.weight.mul_(1.5)       # in place
+    second = fast(PROMPTS, u, **keywords())
+    assert_same(second, sampler.generate(lm, PROMPTS, u, **keywords()))
+    lm.model.norm.weight = torch.nn.Parameter(lm.model.norm.weight * 0.5)       # replaced
+    third = fast(PROMPTS, u, **keywords())
+    assert_same(third, sampler.generate(lm, PROMPTS, u, **keywords()))
+    assert before[0] != second[0] != third[0]
+
+
+def test_graphs_are_dropped_when_weights_move_but_not_when_they_change():
+    lm = model()
+    fast = bucketed(lm)
+    fast(PROMPTS, noise(), **keywords())
+    fast.captured = kept = {"size": "graph"}
+    lm.model.norm.weight.data.mul_(2)
+    fast(PROMPTS, noise(), **keywords())
+    assert fast.captured is kept
+    lm.model.norm.weight.data = lm.model.norm.weight.data.clone()
+    fast(PROMPTS, noise(), **keywords())
+    assert not fast.captured
+
+
+def tensors(fast):
+    return [x for value in vars(fast).values() for x in (value if isinstance(value, list) else [value]) if isinstance(x, torch.Tensor)]
+
+
+def test_addresses_stay_over_steps_and_calls():
+    lm, seen = model(), []
+    fast = bucketed(lm)
+    forward = fast.forward
+    fast.forward = lambda *shape: (seen.append([x.data_ptr() for x in tensors(fast)]), forward(*shape))[1]
+    for T, prompts, seed in ((50, PROMPTS, 0), (30, PROMPTS[:2], 1), (20, PROMPTS[::-1], 2)):
+        fast(prompts, noise(T, len(prompts) * 4, seed), **keywords(T))
+    assert len(seen) > 60 and len(seen[0]) > 14 and all(x == seen[0] for x in seen)
+
+
+class OnDevice(TorchDispatchMode):
+    """Refuses what makes the host wait for the device, or a shape depend on data."""
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        booleans = [x for x in (args[1] if name.startswith(("index", "_index")) and isinstance(args[1], (list, tuple)) else [])
+                    if x is not None and x.dtype == torch.bool]
+        assert not booleans and name not in {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_unique2", "equal",
+                                             "repeat_interleave", "bincount"}, name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_a_step_never_waits_for_the_host(kind, greedy):
+    fast = bucketed(model(KINDS[kind][0], **KINDS[kind][1]))
+    advance, calls = fast.advance, []
+
+    def watched(*size):
+        with OnDevice():
+            advance(*size)
+        calls.append(size)
+
+    fast.advance = watched
+    fast(PROMPTS, None if greedy else noise(), **keywords())
+    assert len(calls) > 20 and {rows for rows, *_ in calls} <= set(fast.batches) and all(columns % 8 == 0 for _, columns, _ in calls)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), OnDevice():
+        torch.ones(3).sum().item()
+
+
+def test_the_model_is_left_as_it_was_also_after_an_exception():
+    lm, calls = model(Qwen3Config), []
+    usual = lm.config._attn_implementation
+
+    def stop():
+        calls.append(lm.config._attn_implementation)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    fast = bucketed(lm)
+    with pytest.raises(KeyboardInterrupt):
+        fast(PROMPTS, noise(), **keywords(check=stop))
+    assert "one_query" in calls and fast.norms and lm.config._attn_implementation == usual
+    assert not any("forward" in vars(m) for m in lm.modules())
+    assert_same(fast(PROMPTS, noise(), **keywords()), sampler.generate(lm, PROMPTS, noise(), **keywords()))
+
+
+UNFIT = {"sliding window": (MistralConfig, {"sliding_window": 4}), "mixed layers": (Gemma2Config, {}),
+         "capped scores": (Gemma2Config, {"layer_types": ["full_attention"] * 2})}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_other_models_get_the_plain_sampler(kind):
+    lm = model(UNFIT[kind][0], **UNFIT[kind][1])
+    fast = bucketed(lm)
+    for _ in range(2):
+        assert_same(fast(PROMPTS, noise(), **keywords()), sampler.generate(lm, PROMPTS, noise(), **keywords()))
+    assert fast.plain
+
+
+def test_a_step_that_is_not_the_models_own_is_noticed(monkeypatch):
+    """Attention that forgets a column stands for whatever a model may do that the fast step does not."""
+    lm = model()
+    fast, update = sampler.Sampler(lm), sampler.Sampler.update
+    monkeypatch.setattr(sampler.Sampler, "update", lambda *x: tuple(y * torch.arange(y.shape[2])[:, None].ne(y.shape[2] - 2) for y in update(*x)))
+    assert_same(fast(PROMPTS, noise(), **keywords()), sampler.generate(lm, PROMPTS, noise(), **keywords()))
+    assert "differ" in fast.plain
+
+
+def test_padding_and_what_lies_in_the_buffers_weigh_nothing():
+    lm = model()
+    fast = bucketed(lm)
+    fast(PROMPTS, noise(), **keywords())
+    with torch.inference_mode():
+        for x in fast.keys + fast.values:
+            x.fill_(float("nan"))
+    short = [[5, 6], [7] * 60]                                  # a row whose first columns are padding
+    plain = sampler.generate(lm, short, noise(n=8), **keywords())
+    assert_same(fast(short, noise(n=8), **keywords()), plain)
+    alone = fast(short[:1], noise(n=4), **keywords())
+    assert alone[0] == plain[0][:4]
+
+
+def test_release_and_running_out_of_memory_free_the_buffers():
+    lm = model()
+    fast, u = bucketed(lm), noise()
+    expected = fast(PROMPTS, u, **keywords())
+    fast.release()
+    assert not tensors(fast) or not fast.keys
+    assert_same(fast(PROMPTS, u, **keywords()), expected)
+
+    def full(*size):
+        raise torch.OutOfMemoryError("full")
+
+    fast.advance = full
+    with pytest.raises(torch.OutOfMemoryError):
+        fast(PROMPTS, u, **keywords())
+    assert not fast.keys and fast.plain is None
+    del fast.advance
+    assert_same(fast(PROMPTS, u, **keywords()), expected)
+
+
+def test_temperature_zero_is_greedy():
+    lm = model()
+    expected = sampler.generate(lm, PROMPTS, None, **keywords(temperature=1.0))
+    assert_same(sampler.generate(lm, PROMPTS, None, **keywords(temperature=0.0)), expected)
+    assert_same(sampler.Sampler(lm)(PROMPTS, None, **keywords(temperature=0.0)), expected)
+
+
+def test_a_completion_depends_on_its_own_noise_alone():
+    lm, u = model(), noise()
+    together, _ = sampler.generate(lm, PROMPTS, u, **keywords())
+    for i in range(4):
+        assert sampler.generate(lm, PROMPTS[i:i + 1], u[4 * i:4 * i + 4], **keywords())[0] == together[4 * i:4 * i + 4]
+
+
+def test_noise_is_a_function_of_seed_step_and_row():
+    a, b = sampler.uniforms(1, 2, [3, 4, 5], 8), sampler.uniforms(1, 2, [5, 3], 8)
+    assert torch.equal(a[0], b[1]) and torch.equal(a[2], b[0]) and 0 <= a.min() and a.max() < 1
+    others = [sampler.uniforms(0, 2, [3], 8), sampler.uniforms(1, 1, [3], 8), a[1:2]]
+    assert not any(torch.equal(a[:1], x) for x in others)
+
+
+def test_a_forbidden_token_never_follows():
+    lm, u = model(), noise(60)
+    free, _ = sampler.generate(lm, PROMPTS, u, **keywords(60))
+    pairs = [pair for row in free for pair in zip(row, row[1:])]
+    a, b = max(set(pairs), key=pairs.count)
+    assert b in ENDS or pairs.count((a, b)) > 1
+    for sample in (lambda *x, **y: sampler.generate(lm, *x, **y), sampler.Sampler(lm)):
+        held, _ = sample(PROMPTS, u, **keywords(60, forbid=(a, b)))
+        assert (a, b) not in [pair for row in held for pair in zip(row, row[1:])] and any(a in row for row in held)
+
+
+def test_check_is_called_throughout():
+    for sample in (lambda *x, **y: sampler.generate(model(), *x, **y), bucketed(model())):
+        calls = []
+        sample(PROMPTS, None, **keywords(eos_ids=[], check=lambda: calls.append(1)))
+        assert len(calls) >= 10
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need a CUDA device")
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_graphs_give_the_plain_tokens(kind):
+    lm = model(KINDS[kind][0], **KINDS[kind][1]).cuda()
+    fast = bucketed(lm)
+    for seed in range(4):
+        for u in (noise(seed=seed), None):
+            assert_same(fast(PROMPTS, u, **keywords()), sampler.generate(lm, PROMPTS, u, **keywords()))
+        with torch.no_grad():
+            lm.model.layers[0].mlp.up_proj.weight.mul_(1.1)
+    assert fast.plain is None and fast.captured
