@@ -91,7 +91,8 @@ def parse(argv=None):
         (len(args.forbid_after) == 1, "--forbid_after: needs a token, and those that may not follow it"),
         (args.chat_template and not os.path.isfile(args.chat_template), f"--chat_template {args.chat_template}: no such file"),
         (args.results, "--results: goes with --report"),
-        (not args.output.endswith(".json"), f"--output {args.output}: must end in .json")))
+        (not all(re.search(r":\d+$", source) for source in args.shots), f"--shots {' '.join(args.shots)}: must be TASK[=PATH]:N each"),
+        (not args.output.endswith(".json") or os.path.isdir(args.output), f"--output {args.output}: must be a file that ends in .json")))
     return args
 
 
@@ -120,10 +121,12 @@ def read_data(args):
         rows = [row for source in args.data for row in rewards.load_rows(source, args.split)[:args.limit or None]]
         for row in (row for source in args.shots for row in rewards.load_rows(source, "train")):
             turns.setdefault(row["task"], []).extend(solved(row, args.style))
-    except rewards.DataError as e:
-        fail(e)
-    except KeyError as e:
-        fail(f"--shots {' '.join(args.shots)}: a row has no {e} to show as its solution")
+    except rewards.DataError as err:
+        fail(err)
+    except KeyError as err:
+        fail(f"--shots {' '.join(args.shots)}: a row has no {err} to show as its solution")
+    if idle := turns.keys() - {row["task"] for row in rows}:
+        fail(f"--shots {' '.join(args.shots)}: --data has no problems of the task {', '.join(sorted(idle))}")
     return rows, turns
 
 
@@ -172,20 +175,19 @@ def evaluate(lm, checkpoint, rows, args, file):
     K, records = args.samples, []
     # Longest first: what does not fit in memory shows at once, and the time left is never more than it says.
     todo = sorted(range(len(rows)), key=lambda i: (-len(checkpoint.prompts[i]), i))[RANK::WORLD]
-    bar = tqdm(total=len(todo) * K, desc=checkpoint.name, unit=" completions", disable=RANK > 0,
-               mininterval=0.5 if sys.stderr.isatty() else 30)
-    for batch, ids in sample(lm, checkpoint, todo, args):
-        texts = checkpoint.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        scored = score([rows[i] for i in batch for _ in range(K)], texts, list(map(len, ids)), args.style)            # 3
-        new = [{"model": checkpoint.name, "row": batch[j // K], "sample": j % K, **record,
-                "truncated": ids[j][-1] not in checkpoint.eos_ids} for j, record in enumerate(scored)]
-        file.write(jsonl(new))
-        file.flush()
-        records += new
-        bar.update(len(new))
-        tokens = sum(record["n_tokens"] for record in records)
-        bar.set_postfix_str(f"{tokens / max(1e-9, bar.format_dict['elapsed']):,.0f} tokens/s", refresh=False)
-    bar.close()
+    with tqdm(total=len(todo) * K, desc=checkpoint.name, unit=" completions", disable=RANK > 0,
+              mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+        for batch, ids in sample(lm, checkpoint, todo, args):
+            texts = checkpoint.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            scored = score([rows[i] for i in batch for _ in range(K)], texts, list(map(len, ids)), args.style)        # 3
+            new = [{"model": checkpoint.name, "row": batch[j // K], "sample": j % K, **record,
+                    "truncated": ids[j][-1] not in checkpoint.eos_ids} for j, record in enumerate(scored)]
+            file.write(jsonl(new))
+            file.flush()
+            records += new
+            bar.update(len(new))
+            tokens = sum(record["n_tokens"] for record in records)
+            bar.set_postfix_str(f"{tokens / max(1e-9, bar.format_dict['elapsed']):,.0f} tokens/s", refresh=False)
     return records
 
 
@@ -339,12 +341,12 @@ def run_harness(model, checkpoint, folder, args):
     as strict, its second, if it has one, as flexible (gsm8k: flexible-extract; arc: acc_norm)."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    lm = HFLM(pretrained=model, tokenizer=checkpoint["tokenizer"], batch_size=min(16, args.batch_size))
+    lm = HFLM(pretrained=model, tokenizer=checkpoint.tokenizer, batch_size=min(16, args.batch_size))
     out = lm_eval.simple_evaluate(lm, tasks=sorted(map(str, Path(folder).iterdir())), limit=args.limit or None, bootstrap_iters=0,
                                   apply_chat_template=True, gen_kwargs={"max_gen_toks": args.max_new_tokens})
     results = {task: {name: value for name, value in found.items() if "," in name and "_stderr" not in name}
                for task, found in out["results"].items()}
-    return [table_row(checkpoint["name"], f"lm-eval {task}:{out['n-shot'][task]}", out["n-samples"][task]["effective"],
+    return [table_row(checkpoint.name, f"lm-eval {task}:{out['n-shot'][task]}", out["n-samples"][task]["effective"],
                       [*figures.values()][0], accuracy_flexible=[*figures.values(), None][1], figures=figures)
             for task, figures in results.items()]
 
@@ -353,6 +355,10 @@ def run_harness(model, checkpoint, folder, args):
 def so_far(args):
     """The file of this process's completions while it works: the results of an earlier evaluation stay until these are whole."""
     return args.output.removesuffix(".json") + f".so_far{RANK or ''}.jsonl"
+
+
+def where(kept):
+    return f"; the completions so far are in {kept}" if os.path.exists(kept) and os.path.getsize(kept) else ""
 
 
 def write_files(args, rows, records, summary, rates):
@@ -375,17 +381,20 @@ def jsonl(lines):
 
 # ---------------------------------------------------------------------------------------- all of it
 def run(args, file, harness):
-    """`file` takes the completions so far; `harness` is an empty folder for its tasks."""
+    """`file` takes the completions so far; `harness` is an empty folder for its tasks. -> None, or what is missing in the end"""
     device, dtype = start_processes(args.dtype)
     rows, turns = read_data(args)                                                                                  # 1
     checkpoints = [open_checkpoint(name, args, rows, turns) for name in args.model]
     if args.harness:
         harness_tasks(args.harness, harness)
-    records, others = [], []
+    records, others, failed = [], [], None
     for checkpoint in checkpoints:
         lm = load_lm(checkpoint.name, device, dtype, trust_remote_code=args.trust_remote_code)
         records += evaluate(lm, checkpoint, rows, args, file)                                                      # 2, 3
-        others += run_harness(lm, checkpoint, harness, args) if args.harness and RANK == 0 else []
+        try:
+            others += run_harness(lm, checkpoint, harness, args) if args.harness and RANK == 0 else []
+        except Exception as err:                                                  # of any kind: our own figures are not lost for it
+            failed = failed or f"--harness: lm-evaluation-harness failed on {checkpoint.name}, its rows are missing ({err!r:.300})"
         del lm
     records = [record for share in gather(records) for record in share]
     if RANK == 0:
@@ -399,7 +408,8 @@ def run(args, file, harness):
                 summary.append(row)
         write_files(args, rows, records, summary + others, rates)                                                  # 5
         subprocess.call([*REPORT, "--table", args.output])
-    gather(0)
+    gather(0)                                                                     # only now does anyone drop what it has kept
+    return failed
 
 
 def main(argv=None):
@@ -412,17 +422,18 @@ def main(argv=None):
     try:
         os.makedirs(os.path.dirname(kept) or ".", exist_ok=True)
         with open(kept, "w", encoding="utf-8") as file, tempfile.TemporaryDirectory() as harness:
-            run(args, file, harness)
+            missing = run(args, file, harness)
         os.remove(kept)
+        if missing:
+            fail(missing)
     except KeyboardInterrupt:
-        there = os.path.exists(kept) and os.path.getsize(kept)
-        print("\neval.py: interrupted" + there * f"; the completions so far are in {kept}", file=sys.stderr)
+        print(f"\neval.py: interrupted{where(kept)}", file=sys.stderr)
         raise SystemExit(130)
     except OSError as err:                                                        # a full disk, most of all
-        fail(f"--output {args.output}: cannot be written ({err}); completions so far, if there are any, are in {kept}")
+        fail(f"--output {args.output}: cannot be written ({err}){where(kept)}")
     finally:
         signal.signal(signal.SIGTERM, before)
-        if os.path.exists(kept) and not os.path.getsize(kept):
+        if not where(kept) and os.path.exists(kept):
             os.remove(kept)
 
 

@@ -421,7 +421,7 @@ def test_an_interrupt_keeps_the_completions_so_far_and_the_results_of_before(fol
         evaluate_countdown(folder, tmp_path / "e.json", "--batch_size", "1")
     assert e.value.code == 130
     so_far, = set(tmp_path.iterdir()) - set(before)
-    assert str(so_far) in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(f"interrupted; the completions so far are in {so_far}\n")
     whole = {r["row"]: r for r in records_of(tmp_path / "e.samples.jsonl")}
     assert len(records_of(so_far)) == 2 and all(r == whole[r["row"]] for r in records_of(so_far))
     assert all(p.read_bytes() == content for p, content in before.items())
@@ -501,6 +501,7 @@ def test_wrong_input_gets_one_line_and_exit_code_2_before_any_model_loads(folder
     monkeypatch.setattr(ev, "load_lm", lambda *a, **k: pytest.fail("a model was loaded"))
     good = {"--model": [str(folder / "a")], "--data": [f"countdown={folder}/countdown"], "--output": [str(tmp_path / "e.json")]}
     (tmp_path / "empty").mkdir()
+    (tmp_path / "d.json").mkdir()
     (tmp_path / "outer" / "checkpoint-5").mkdir(parents=True)
     (tmp_path / "outer" / "checkpoint-5" / "config.json").write_text("{}")
     toy_model(context=64).save_pretrained(tmp_path / "short")
@@ -524,9 +525,10 @@ def test_wrong_input_gets_one_line_and_exit_code_2_before_any_model_loads(folder
              ({"--data": [f"countdown={tmp_path}/broken.jsonl"]}, "broken.jsonl"), ({"--data": ["chess"]}, "chess"),
              ({"--data": [f"gsm8k={folder}/countdown"]}, "question"),
              ({"--output": [str(tmp_path / "file" / "e.json")]}, "--output"), ({"--output": ["e.txt"]}, ".json"),
-             ({"--style": ["rhyme"]}, "rhyme"), ({"--shots": ["8"]}, "TASK"), ({"--chat_template": ["none.jinja"]}, "none.jinja"),
+             ({"--style": ["rhyme"]}, "rhyme"), ({"--shots": ["8"]}, "TASK"), ({"--shots": [f"gsm8k={folder}/gsm8k.jsonl"]}, ":N"),
+             ({"--shots": [f"gsm8k={folder}/gsm8k.jsonl:1"]}, "no problems of the task gsm8k"), ({"--output": [str(tmp_path / "d.json")]}, "d.json"), ({"--chat_template": ["none.jinja"]}, "none.jinja"),
              ({"--chat_template": [str(tmp_path / "refusing.jinja")]}, "no system turn"),
-             ({"--shots": [f"countdown={tmp_path}/unsolved.jsonl"]}, "solution"), ({"--model": [str(folder / "a")] * 2}, "twice"),
+             ({"--shots": [f"countdown={tmp_path}/unsolved.jsonl:1"]}, "solution"), ({"--model": [str(folder / "a")] * 2}, "twice"),
              ({"--model": [str(tmp_path / "adapter")]}, "adapter"), ({"--forbid_after": ["a"]}, "--forbid_after"),
              ({"--forbid_after": ["ab", "c"]}, "[2, 1] tokens"), ({"--speed": ["1"]}, "--speed"),
              ({"--seed": [str(2 ** 64)]}, "--seed"), ({"--results": ["e.json"]}, "--report"), ({"--temperature": ["inf"]}, "--temperature inf"),

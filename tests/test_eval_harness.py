@@ -55,11 +55,14 @@ def test_without_lm_eval_the_flag_gets_one_line(tmp_path, monkeypatch, capsys):
     assert e.value.code == 2 and "pip install lm-eval" in capsys.readouterr().err
 
 
-def fake_harness(monkeypatch, index):
-    tasks = types.ModuleType("lm_eval.tasks")
+def fake_harness(monkeypatch, index, evaluate=None):
+    """lm-evaluation-harness, in so far as eval.py calls it"""
+    names = ("lm_eval", "lm_eval.tasks", "lm_eval.models", "lm_eval.models.huggingface")
+    whole, tasks, _, huggingface = (types.ModuleType(name) for name in names)
     tasks.TaskManager = lambda: types.SimpleNamespace(task_index=index)
-    monkeypatch.setitem(sys.modules, "lm_eval", types.ModuleType("lm_eval"))
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
+    huggingface.HFLM, whole.simple_evaluate = lambda **settings: settings, evaluate
+    for name, module in zip(names, (whole, tasks, types.ModuleType("models"), huggingface)):
+        monkeypatch.setitem(sys.modules, name, module)
 
 
 def test_a_harness_task_is_lm_evals_own_with_our_shots_and_rows(tmp_path, monkeypatch, capsys):
@@ -74,6 +77,32 @@ def test_a_harness_task_is_lm_evals_own_with_our_shots_and_rows(tmp_path, monkey
         with pytest.raises(SystemExit):
             ev.harness_tasks([spec], tmp_path / "tasks")
         assert said in capsys.readouterr().err
+
+
+def test_its_rows_stand_below_ours_and_where_it_fails_ours_stay(tmp_path, monkeypatch, capfd):
+    asked = []
+
+    def evaluate(lm, tasks, limit, **_):
+        asked.append((lm["pretrained"].config.model_type, lm["tokenizer"].eos_token, [json.load(open(task))["num_fewshot"] for task in tasks]))
+        if len(asked) == 2:
+            raise ConnectionError("the hub is\nnot there")
+        return {"results": {"gsm8k": {"alias": "gsm8k", "exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.1,
+                                      "exact_match,flexible-extract": 0.5}},
+                "n-shot": {"gsm8k": 8}, "n-samples": {"gsm8k": {"original": 9, "effective": 4}}}
+    fake_harness(monkeypatch, {"gsm8k": types.SimpleNamespace(yaml_path="/there/gsm8k.yaml")}, evaluate)
+    toys.save(tmp_path)
+    argv = ["--model", str(tmp_path / "model"), "--data", f"gsm8k={tmp_path}/gsm8k", "--max_new_tokens", "4", "--harness", "gsm8k:8",
+            "--output", str(tmp_path / "e.json")]
+    ev.main(argv)
+    ours, row = json.loads((tmp_path / "e.json").read_text())
+    assert asked == [("llama", "<|end|>", [8])]
+    assert (row["task"], row["n"], row["accuracy"], row["accuracy_flexible"]) == ("lm-eval gsm8k:8", 4, 0.25, 0.5)
+    assert (row["accuracy_low"], row["accuracy_high"]) == ev.wilson(0.25, 4)
+    with pytest.raises(SystemExit) as e:
+        ev.main(argv)
+    assert e.value.code == 2 and json.loads((tmp_path / "e.json").read_text()) == [ours]
+    assert "failed on" in capfd.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.glob("*so_far*"))
 
 
 def test_lm_eval_itself_scores_the_golden_outputs_so_and_stands_in_the_same_table(tmp_path, monkeypatch, capfd):
