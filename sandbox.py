@@ -1,25 +1,29 @@
 """Runs a model-written program against tests that it never sees, where it can do no harm.
 
-1. passes() starts a child, `python -I`, in a session, an empty temporary folder and an empty environment of its own, and
-   sends it the program, then the tests and a secret.
-2. The child (the judge) reads the program alone and forks the process that is to run it, and shuts that one in (shut_in): process,
-   mount, network and IPC namespaces; a root folder that holds Python and the system's libraries, read-only, with 32 MB of scratch
-   space that vanish with it; no capabilities; limits on CPU and wall time, memory, files, file size and processes; no input, output to
-   nowhere. Where the kernel allows no namespaces: Landlock in their place, and one process without threads.
-3. The judge reads the tests and runs them itself. What the program defines is known to it only as a Remote: a call goes through a pipe
-   to the program's process, plain data (numbers, text, lists ...) comes back, and the judge compares. Expected values, secret, asserts
-   and comparisons are never within the program's reach: leaving, printing, patching, frames, an object equal to everything do not help.
-4. When every test has passed, the judge writes the secret, the only thing that counts, and kills whatever the program started: a process
-   namespace ends with its first process; without one, orphans fall to the judge.
+1. passes() starts a child, `python -I`, in a session, an empty temporary folder and an empty environment of its own. The
+   child gets the program, then the tests and a secret.
+2. The child (the judge) reads the program alone, forks the process that is to run it, and shuts that one in (shut_in):
+   process, mount, network and IPC namespaces; a root folder that holds Python and the system's libraries, read-only, with
+   32 MB of scratch space that vanish with it; no capabilities; limits on CPU and wall time, memory, files, file size and
+   processes; no input, output to nowhere. Where the kernel allows no namespaces: Landlock in their place, and one process
+   without threads.
+3. The judge reads the tests and runs them itself. What the program defines is known to it only as a Remote: a call goes
+   through a pipe to the program's process, plain data (numbers, text, lists ...) comes back, and the judge compares.
+   Expected values, secret, asserts and comparisons are never within the program's reach: leaving, printing, patching,
+   frames, an object equal to everything do not help.
+4. When every test has passed, the judge writes the secret, the only thing that counts, and kills whatever the program
+   started: a process namespace ends with its first process; without one, orphans fall to the judge.
 
 What this does not protect from
 - Errors of the kernel, on which the program runs. For programs that someone writes to attack you, take a virtual machine.
-- Programs made for the tests that their prompt shows: calls and results from there can be copied. Keep tests back if that matters.
+- Programs made for the tests that their prompt shows: calls and results from there can be copied. Keep tests back if
+  that matters.
 - The tests: they run outside of the walls, with the caller's rights. Take them from a source that you trust.
 - Load: a program may use up its allowance (seconds, memory, 16 processes), and slow down others meanwhile.
 - Reading the system's and Python's own files (/usr, /lib, the virtual environment).
-- Where the kernel allows no namespaces (containers, often): other files are shut by Landlock (Linux 5.13) alone, TCP from Linux 6.7,
-  signals to the caller's processes from Linux 6.12; other sockets are not. Without both only the limits hold. Linux only.
+- Where the kernel allows no namespaces (containers, often): other files are shut by Landlock (Linux 5.13) alone, TCP from
+  Linux 6.7, signals to the caller's processes from Linux 6.12; other sockets are not. Without both only the limits hold.
+- Linux only.
 """
 import ast
 import builtins
@@ -28,15 +32,19 @@ import os
 import signal
 import sys
 
-CPU_SECONDS, WALL_SECONDS, MEMORY, FILE_SIZE, PROCESSES = 4, 10, 512 << 20, 16 << 20, 16
-REPLY = 1 << 20  # bytes that one call may return
+CPU_SECONDS, WALL_SECONDS, PROCESSES = 4, 10, 16
+MEMORY, FILE_SIZE, REPLY = 512 << 20, 16 << 20, 1 << 20  # bytes; REPLY: what one call may return
 REMOTE = "\0remote"  # before the number of an object that stays in the program's process
-
-JUDGE = "import sys; sys.path.append(sys.argv.pop()); import sandbox; sandbox.judge()"  # as a module, so that it is not compiled each time
+# As a module, so that this file is not compiled each time. Modules that only one side needs are imported there: for a
+# judge of a tenth of a second each of them counts.
+JUDGE = "import sys; sys.path.append(sys.argv.pop()); import sandbox; sandbox.judge()"
 
 
 def passes(program, tests, setup="", namespaces=True, seconds=(CPU_SECONDS, WALL_SECONDS)):
-    """True where a program passes every test. tests: Python statements, most of them asserts; setup: statements to come before them."""
+    """True where a program passes every test, within (processor, clock) seconds.
+
+    tests: Python statements, most of them asserts. setup: statements to come before them.
+    """
     import shutil
     import subprocess
     import tempfile
@@ -47,8 +55,8 @@ def passes(program, tests, setup="", namespaces=True, seconds=(CPU_SECONDS, WALL
     os.mkdir(inner := os.path.join(folder, "inner"))  # `../file` still lies in a folder that goes
     request = framed((program, inner, namespaces, seconds)) + framed((setup, tests, secret))
     command = [sys.executable, "-I", "-c", JUDGE, os.path.dirname(os.path.abspath(__file__))]
-    judge = subprocess.Popen(command, cwd=inner, env={}, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             stderr=subprocess.DEVNULL)
+    judge = subprocess.Popen(command, cwd=inner, env={}, start_new_session=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         return judge.communicate(request, seconds[1] + 4)[0] == secret.encode()
     except (subprocess.TimeoutExpired, OSError):
@@ -62,7 +70,6 @@ def passes(program, tests, setup="", namespaces=True, seconds=(CPU_SECONDS, WALL
 
 
 # ---------------------------------------------------------------------------------------------- messages: literals with their length
-
 def framed(value):
     data = ascii(value).encode()
     return len(data).to_bytes(4, "big") + data
@@ -89,18 +96,18 @@ def receive(fd, limit=1 << 30):
 
 
 # ---------------------------------------------------------------------------------------------- the judge
-
 def judge():
-    """Runs a program that it reads from its input apart from the tests that come next; writes their secret when all have passed."""
+    """Runs the program that its input begins with, apart from the tests that come next; all passed, it writes their secret."""
     import ctypes
     import resource
 
     libc = ctypes.CDLL(None, use_errno=True)
-    program, folder, namespaces, (cpu_seconds, wall_seconds) = receive(0)  # no more: what is forked must not hold the tests
+    # No more is read yet: what is forked must not hold the tests.
+    program, folder, namespaces, (cpu_seconds, wall_seconds) = receive(0)
     requests, replies = os.pipe(), os.pipe()
     libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans of the program become the judge's children
     apart = namespaces and enter_namespaces(libc)
-    first = os.fork()  # the first process of the namespace: what it is deaf to, and who ends with it, is the kernel's doing
+    first = os.fork()  # the first process of the namespace: when it ends, the kernel ends all others there
     if first == 0:
         try:
             shut_in(libc, folder, apart)
@@ -110,10 +117,9 @@ def judge():
                 for standard in (0, 1, 2):
                     os.dup2(os.open("/dev/null", os.O_RDWR), standard)
                 os.closerange(5, 1024)
-                for limit, value in ((resource.RLIMIT_CPU, cpu_seconds), (resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CORE, 0),
-                                     (resource.RLIMIT_FSIZE, FILE_SIZE), (resource.RLIMIT_NOFILE, 64),
-                                     (resource.RLIMIT_NPROC, PROCESSES if apart else 0)):
-                    resource.setrlimit(limit, (value, value))
+                for limit, value in {"CPU": cpu_seconds, "AS": MEMORY, "CORE": 0, "FSIZE": FILE_SIZE, "NOFILE": 64,
+                                     "NPROC": PROCESSES if apart else 0}.items():
+                    resource.setrlimit(getattr(resource, f"RLIMIT_{limit}"), (value, value))
                 serve(program)
             os.closerange(0, 1024)
             while os.wait()[0] != pid:
@@ -159,14 +165,15 @@ def end_all(child):
 class Names(dict):
     """The names that tests can use: their own, builtins, the standard library's modules; any other is the program's.
 
-    What the program defines never replaces a builtin or module that a test uses (`set`, `math.isclose`); only where the tests call
-    nothing but builtins, they test a program's function of that name.
+    What the program defines never replaces a builtin or module that a test uses (`set`, `math.isclose`). Only where the
+    tests use no names but builtins, they test the program's functions of those names (`def sum`).
     """
     def __init__(self, setup, tests, ask):
         nodes = [node for test in [setup, *tests] for node in ast.walk(ast.parse(test))]
         used = {node.id for node in nodes if isinstance(node, ast.Name)}
-        self.modules = {node.value.id for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
-        called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        owners = [node.value for node in nodes if isinstance(node, ast.Attribute)]
+        functions = [node.func for node in nodes if isinstance(node, ast.Call)]
+        self.modules, called = ({node.id for node in some if isinstance(node, ast.Name)} for some in (owners, functions))
         self.own = set() if used - set(dir(builtins)) else called
         self.ask = ask
         super().__init__(__builtins__=builtins)
@@ -187,7 +194,7 @@ class Remote:
     def __call__(self, *args, **kwargs):
         return self._ask(self, args, kwargs)
 
-    def __eq__(self, other):  # a Fraction, a date: what the program returned must show as what is expected; it has no say in it
+    def __eq__(self, other):  # a Fraction, a date: must show as what is expected; the program's own __eq__ has no say
         return self is other or not isinstance(other, Remote) and repr(self) == repr(other)
 
     __hash__ = object.__hash__
@@ -221,7 +228,7 @@ class Remote:
 
 
 def ask(requests, replies, function, args, kwargs=None):
-    """Has the program's process call a function. Lists, dicts and sets among the arguments that it changed are changed here too."""
+    """Has the program's process call a function. Lists, dicts and sets among the arguments that it changes are changed here."""
     def source(value):
         if isinstance(value, Remote):
             return value._source
@@ -241,7 +248,8 @@ def ask(requests, replies, function, args, kwargs=None):
     def again(*call):
         return ask(requests, replies, *call)
 
-    send(requests, f"({function if isinstance(function, str) else source(function)}, {source(args)}, {source(kwargs or {})})")
+    function = function if isinstance(function, str) else source(function)
+    send(requests, f"({function}, {source(args)}, {source(kwargs or {})})")
     error, value, after = received(receive(replies, REPLY))
     if error:
         kind = getattr(builtins, error, Exception)
@@ -254,9 +262,8 @@ def ask(requests, replies, function, args, kwargs=None):
 
 
 # ---------------------------------------------------------------------------------------------- the program's process
-
 def serve(program):
-    """Runs the program, then answers calls for as long as the judge asks. Whatever it may answer, it is only data to the judge."""
+    """Runs the program, then answers calls for as long as the judge asks. What it answers is only data to the judge."""
     import types
     module = sys.modules["program"] = types.ModuleType("program")
     exec(compile(program, "program.py", "exec"), module.__dict__)
@@ -293,10 +300,10 @@ def serve(program):
 
 
 # ---------------------------------------------------------------------------------------------- the walls around it
-
 def enter_namespaces(libc):
-    """Process, mount, network and IPC namespaces for the children to come; False where the kernel does not allow them."""
-    uid, gid, apart = os.getuid(), os.getgid(), 0x20000000 | 0x00020000 | 0x40000000 | 0x08000000  # NEWPID, NEWNS, NEWNET, NEWIPC
+    """Process, mount, network and IPC namespaces for the children to come; False where the kernel allows none."""
+    uid, gid = os.getuid(), os.getgid()
+    apart = 0x20000000 | 0x00020000 | 0x40000000 | 0x08000000  # CLONE_NEWPID, NEWNS, NEWNET, NEWIPC
     if libc.unshare(apart) == 0:
         return True
     if libc.unshare(apart | 0x10000000) != 0:  # NEWUSER, with which anyone may have the others
@@ -338,11 +345,12 @@ def must(result):
 
 
 def new_root(libc, folder):
-    """A root folder of Python and the system's libraries, read-only, and 32 MB of scratch space; for these processes alone."""
+    """A root folder of Python and the system's libraries, read-only, and 32 MB of scratch space, for these processes alone."""
     import ctypes
 
     def mount(source, path, kind, flags, options=None):
-        must(libc.mount(*(text and text.encode() for text in (source, path, kind)), ctypes.c_ulong(flags), options and options.encode()))
+        source, path, kind, options = (text and text.encode() for text in (source, path, kind, options))
+        must(libc.mount(source, path, kind, ctypes.c_ulong(flags), options))
 
     mount(None, "/", None, 0x44000)  # MS_REC, MS_PRIVATE: nothing of this is seen outside
     mount("tmpfs", folder, "tmpfs", 0, "size=1m,mode=755")
@@ -356,26 +364,30 @@ def new_root(libc, folder):
     for device in ("/dev/null", "/dev/urandom"):
         os.close(os.open(folder + device, os.O_CREAT))
         mount(device, folder + device, None, 0x1000)
-    must(libc.syscall(442, -100, folder.encode(), 0x8000, (ctypes.c_uint64 * 4)(1 | 2), 32))  # mount_setattr: all read-only, no set-user-id
+    # mount_setattr, recursively: MOUNT_ATTR_RDONLY, NOSUID
+    must(libc.syscall(442, -100, folder.encode(), 0x8000, (ctypes.c_uint64 * 4)(1 | 2), 32))
     mount("tmpfs", folder + "/scratch", "tmpfs", 2 | 4, "size=32m,nr_inodes=4096,mode=1777")
     os.chroot(folder), os.chdir("/scratch")
 
 
 def landlock(libc, folder):
-    """Of all files only Python's and the system's to read and this folder to write in; as far as the kernel has Landlock."""
+    """Of all files only Python's and the system's to read, and this folder to write in; as far as the kernel has Landlock."""
     import ctypes
-    version = libc.syscall(444, None, 0, 1)
+    version = libc.syscall(444, None, 0, 1)  # landlock_create_ruleset; 445: add_rule, 446: restrict_self
     if version < 1:
         return
     files = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1  # the rights on files that this version knows
-    rules = libc.syscall(444, (ctypes.c_uint64 * 3)(files, 3, 3), 8 if version < 4 else 16 if version < 6 else 24, 0)  # TCP; signals
-    for path, rights in ((folder, files), ("/dev/null", 2 | 4), ("/dev/urandom", 4), *((path, 1 | 4 | 8) for path in
-                         ("/usr", "/lib", "/lib64", sys.base_prefix, sys.prefix))):
+    known = 8 if version < 4 else 16 if version < 6 else 24  # bytes of its settings: files, from 4 on TCP, from 6 on signals
+    rules = libc.syscall(444, (ctypes.c_uint64 * 3)(files, 3, 3), known, 0)
+    readable = dict.fromkeys(("/usr", "/lib", "/lib64", sys.base_prefix, sys.prefix), 1 | 4 | 8)  # run, read file, read folder
+    for path, rights in {**readable, folder: files, "/dev/null": 2 | 4, "/dev/urandom": 4}.items():
         if os.path.exists(path):
-            libc.syscall(445, rules, 1, rights.to_bytes(8, "little") + os.open(path, os.O_PATH).to_bytes(4, "little"), 0)
+            fd = os.open(path, os.O_PATH)
+            libc.syscall(445, rules, 1, rights.to_bytes(8, "little") + fd.to_bytes(4, "little"), 0)
     libc.prctl(38, 1, 0, 0, 0)
     libc.syscall(446, rules, 0)
 
 
 def world_readable(path):
-    return path == "/" or os.stat(path).st_mode & (1 if os.path.isdir(path) else 4) != 0 and world_readable(os.path.dirname(path))
+    needed = 1 if os.path.isdir(path) else 4  # to pass through a folder, to read a file
+    return path == "/" or os.stat(path).st_mode & needed != 0 and world_readable(os.path.dirname(path))
