@@ -4,6 +4,7 @@ import os
 import re
 import socket
 from pathlib import Path
+from urllib.parse import urlsplit
 
 
 class DataError(ValueError):
@@ -11,17 +12,20 @@ class DataError(ValueError):
 
 
 def read(path, config, split):
-    """(place, row) of each row, one at least. path: a .jsonl or .parquet file (whatever the split), a folder that holds {split}.jsonl or
-    {split}.parquet, or else a hub id, with its configuration."""
+    """Yields (place, row) for each row, one at least; DataError where that fails.
+
+    path: a .jsonl or .parquet file (whatever the split), a folder that holds {split}.jsonl or {split}.parquet, or else a hub
+    id, with its configuration. place: file and line, for messages.
+    """
     here, empty = Path(path).expanduser(), True
     try:
         if here.is_dir():
             here = file_of(here, split)
         if here.is_file():
-            if here.suffix not in (".jsonl", ".parquet"):
+            if here.suffix not in FORMATS:
                 raise DataError(f"{here}: a data file must end in .jsonl or .parquet")
-            rows = (jsonl_rows if here.suffix == ".jsonl" else parquet_rows)(here)
-        elif here.suffix in (".jsonl", ".parquet") or not re.fullmatch(r"(?!data/)\w[\w.-]*/[\w.-]+", path) or here.parent.exists():
+            rows = FORMATS[here.suffix](here)
+        elif here.suffix in FORMATS or here.parent.exists() or not HUB_ID.fullmatch(path):
             raise DataError(f"{here}: no such file or folder")
         else:
             rows = hub_rows(path, config, split)
@@ -35,6 +39,7 @@ def read(path, config, split):
 
 
 def file_of(folder, split):
+    """The file of a split, which goes by the name of val or validation."""
     names = ("val", "validation") if split in ("val", "validation") else (split,)
     files = [folder / (name + suffix) for name in names for suffix in (".jsonl", ".parquet")]
     if found := next((file for file in files if file.is_file()), None):
@@ -76,14 +81,15 @@ def hub_rows(path, config, split):
         import huggingface_hub
     except ImportError:
         raise DataError(f"{path}: not a file or folder here; reading it from the hub needs `pip install datasets`") from None
-    constants, was_offline = huggingface_hub.constants, (datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE)
+    constants = huggingface_hub.constants
+    was_offline = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
     if not reachable(constants.ENDPOINT):  # what is in the cache is still found, and half a minute of retries is spared
         datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
     try:
         loaded = datasets.load_dataset(path, config, split={"val": "validation"}.get(split, split))
     except Exception as error:  # no network, no such set, no such split: the library has a dozen types for these
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}: not a file or folder here, and the hub does not give its split '{split}' ({reason})") from None
+        raise DataError(f"{path}: not a file or folder here, and the hub gives no split '{split}' of it ({reason})") from None
     finally:
         datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = was_offline
     for i, row in enumerate(loaded, 1):
@@ -91,14 +97,19 @@ def hub_rows(path, config, split):
 
 
 def reachable(endpoint):
+    """Whether the hub's server takes a connection within 5 s; behind a proxy one cannot tell, and yes."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True
-    host, _, port = endpoint.partition("://")[2].partition("/")[0].partition(":")
+    url = urlsplit(endpoint)
     try:
-        socket.create_connection((host, int(port or (443 if endpoint.startswith("https") else 80))), timeout=5).close()
+        socket.create_connection((url.hostname, url.port or {"https": 443}.get(url.scheme, 80)), timeout=5).close()
         return True
-    except OSError:
+    except (OSError, ValueError):  # ValueError: an address that is none
         return False
+
+
+FORMATS = {".jsonl": jsonl_rows, ".parquet": parquet_rows}
+HUB_ID = re.compile(r"(?!data/)\w[\w.-]*/[\w.-]+")  # OWNER/NAME; data/NAME is a folder that is not there
 
 
 def fits(value, kind):
@@ -119,4 +130,5 @@ def check(row, columns, place):
             raise DataError(f"{place}: column '{column}' is missing (needed are {', '.join(columns)})")
         if not fits(row[column], kind):
             wanted = json.dumps(kind, default=lambda kind: kind.__name__).replace('"', "")
-            raise DataError(f"{place}: column '{column}' must be {wanted}, not {json.dumps(row[column], default=str)[:60]}")
+            given = json.dumps(row[column], default=str)[:60]
+            raise DataError(f"{place}: column '{column}' must be {wanted}, not {given}")
