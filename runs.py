@@ -31,7 +31,9 @@ import rewards
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))              # torchrun's
 BAD_STEPS = 5                                                   # updates in a row that are not finite, then a run stops
-LAUNCHER = f"{socket.gethostname()} {os.getppid()}"             # the torchrun that may start this process again
+LAUNCHER = f"{socket.gethostname()} {os.getppid()}"             # the torchrun that may start this process again, and below
+with contextlib.suppress(OSError):                              # when that began: process ids come again
+    LAUNCHER += " " + Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
 script = "runs.py"                                              # the one that runs: Flags says it
 
 
@@ -329,11 +331,12 @@ def open_folder(args, folder):
         (out / "tmp-lines").replace(path)
 
 
-def read_state(folder):
-    """What torch.save wrote into a checkpoint: tensors and plain values alone, so that no code comes with it."""
+def read_state(folder, *others):
+    """What torch.save wrote into a checkpoint: tensors and plain values alone, so that no code comes with it. It is to hold
+    `others` besides what models.Optimizer.state gives."""
     try:
         state = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
-        return state if {"weights", "moments"} <= state.keys() else fail(f"{folder}/trainer.pt does not hold the state of a run")
+        return state if {"weights", "moments", *others} <= state.keys() else fail(f"{folder}/trainer.pt does not hold the state of a run")
     except Exception as err:                                    # of many kinds
         fail(f"{folder}/trainer.pt does not hold the state of a run ({str(err)[:200]})")
 
@@ -349,6 +352,8 @@ def one_line(args):
     """What can still happen to a run, each in one line."""
     try:
         yield
+        if WORLD > 1:
+            dist.destroy_process_group()
     except rewards.DataError as err:
         fail(err)
     except torch.OutOfMemoryError:
