@@ -1,4 +1,4 @@
-"""Exact arithmetic on text: the value of an expression, the equations of a reasoning that are true. Nothing is executed."""
+"""Exact arithmetic on text: the value of an expression, and which equations of a reasoning hold. Nothing is executed."""
 import ast
 import operator
 import re
@@ -26,9 +26,10 @@ def plain_signs(text):
 
 
 def evaluate(text):
-    """One expression over numbers, + - * /, unary minus and parentheses -> (its exact value, the shortest way to write it), or None.
+    """One expression over numbers, + - * /, unary minus and parentheses -> (exact value, shortest way to write it), or None.
 
-    Nothing is executed: the characters are checked, Python's parser only reads, and `value` takes the few nodes of this grammar.
+    Nothing is executed: the characters are checked, Python's parser only reads, and `value` takes the few nodes of this
+    grammar. The shortest way leaves out spaces and needless parentheses; the order of the numbers stays.
     """
     if len(text) > 200:
         return None
@@ -38,7 +39,7 @@ def evaluate(text):
 @lru_cache(4096)
 def cached_value(text):
     try:
-        if step := ONE_STEP.fullmatch(text):  # most equations of a reasoning
+        if step := ONE_STEP.fullmatch(text):  # most sides of a reasoning's equations: no parser needed
             return APPLY[step[2]](int(step[1]), int(step[3])), text
         if not ARITHMETIC.fullmatch(text):
             return None
@@ -48,7 +49,10 @@ def cached_value(text):
 
 
 def value(node):
-    """A parsed expression -> (exact value, shortest text, how tightly its outermost sign binds)."""
+    """A parsed expression -> (exact value, shortest text, rank: how tightly its outermost sign binds).
+
+    rank: 1 for + and -, 2 for * and /, 3 for a leading minus, 4 for a number.
+    """
     if type(node) is ast.Constant:
         number = node.value if type(node.value) is int else Fraction(repr(node.value))
         return number, str(number) if number.denominator == 1 else repr(node.value), 4
@@ -103,11 +107,11 @@ def played(side, result, pools):
 
 
 def share_true(text, nums=None):
-    """Share of the distinct equations of a text that are true: an expression and what it equals, `3+5=8`; 0 where there is none.
+    """Share of the distinct equations `3+5=8` of a text that are true; 0 where there is none.
 
-    Repeating one earns nothing more. With `nums` (countdown) the operands must also be at hand at that point: given numbers, or
-    results of true equations so far, each used up by the step that takes it. A step may go on from any point reached before, so
-    that several tries start afresh. At most 200 equations count.
+    Repeating one earns nothing more. With `nums` (countdown) the operands must also be at hand at that point: given numbers,
+    or results of true equations so far, each used up by the step that takes it. A step may go on from any point reached
+    before, so that several tries start afresh. At most 200 equations count, and 64 points.
     """
     text = "\n".join([line for line in text.split("\n") if "=" in line])
     text = BULLETS.sub("", SPACES.sub(" ", plain_signs(MARKUP.sub(" ", text))))

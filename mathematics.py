@@ -1,13 +1,15 @@
 """Whether an answer in LaTeX is equal to another as mathematics: equal(gold, said).
 
-1. Both are brought to one spelling (tidy): fractions, degrees, units, \\text{}, spaces, \\left \\right, thousands separators, boxes.
-2. Both are taken apart (shape): a set or list, a tuple or interval by its brackets, a matrix, a union, or a single value. Shapes must
-   agree, so that a list of guesses never equals one value; sets and lists are compared in any order, the others in theirs.
-3. Single values are equal if they are spelled the same, or are the same rational number, exactly, or the same words; everything else is
-   for math-verify, in a worker process. `x = 5` is 5; a chain `3*6 = 18` is 18 where each of its sides is. Decimals are turned into
-   fractions first: nothing is ever rounded.
-4. A worker that takes 2 s is killed and replaced. Text that would only keep it busy (long, deeply nested, towers of powers, factorials of
-   large numbers, sums and integrals left to the grader) is not sent to it, unless the gold is of that kind.
+1. Both are brought to one spelling (tidy): fractions, degrees, units, \\text{}, spaces, \\left \\right, thousands separators,
+   boxes. Two boxes, or two formulas with a wide space or a new line between them, are a list.
+2. Both are taken apart (shape): a set or list, a tuple or interval by its brackets, a matrix, a union, or a single value.
+   Shapes must agree, so that a list of guesses never equals one value; sets and lists are compared in any order, the others
+   in theirs.
+3. Single values are equal if they are spelled the same, or are the same rational number, exactly, or the same words;
+   everything else is for math-verify, in a worker process. `x = 5` is 5; a chain `3*6 = 18` is 18 where each of its sides
+   is. Decimals are turned into fractions first: nothing is ever rounded.
+4. A worker that takes 2 s is killed and replaced. Text that would only keep it busy (long, deeply nested, towers of powers,
+   factorials of large numbers, sums and integrals left to the grader) is not sent to it, unless the gold is of that kind.
 """
 import atexit
 import json
@@ -34,9 +36,10 @@ SPELLINGS = {
     "\\rbrace": "\\}", "\\mbox": "\\text", "\\textbf": "\\text", "\\textrm": "\\text", "\\mathrm": "\\text", "\\mathbf": "",
     "\\boldsymbol": "", "{bmatrix}": "{pmatrix}", "{,}": ",",
 }
-SPELLING = re.compile("|".join(re.escape(old) + ("(?![a-zA-Z])" if old[-1].isalpha() and old[0] == "\\" else "") for old in SPELLINGS))
+SPELLING = re.compile("|".join(re.escape(old) + ("(?![a-zA-Z])" if re.fullmatch(r"\\[a-z]+", old) else "") for old in SPELLINGS))
 # `\text{ cm}`, but nothing that says more than a unit: another value, or how far this one holds
-UNIT = r"\\text\s*\{(?![^{}]*\b(?:hundred|thousand|million|billion|dozen|half|not?|or|and|than|less|more|least|most)\b)[^{}0-9,]*\}"
+MORE_THAN_A_UNIT = "hundred|thousand|million|billion|dozen|half|not?|or|and|than|less|more|least|most"
+UNIT = rf"\\text\s*\{{(?![^{{}}]*\b(?:{MORE_THAN_A_UNIT})\b)[^{{}}0-9,]*\}}"
 
 
 def tidy(text):
@@ -291,11 +294,12 @@ def asked(gold, said):
         worker = IDLE.pop()
     except IndexError:
         command = [sys.executable, "-c", WORK, os.path.dirname(os.path.abspath(__file__))]
-        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-                                  start_new_session=True)
+        worker = subprocess.Popen(command, bufsize=0, start_new_session=True,
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         worker.stdin.write(json.dumps([gold, said]).encode())
-        if select.select([worker.stdout], [], [], 60)[0] and (reply := worker.stdout.read(1)):  # 60: it may have to start first
+        in_time = select.select([worker.stdout], [], [], 60)[0]  # 60 s: it may have to start first
+        if in_time and (reply := worker.stdout.read(1)):
             IDLE.append(worker)
             return reply == b"1"
     except OSError:
@@ -343,7 +347,8 @@ def compared(gold, said):
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy import Expr, I, Rational
 
-    spelling = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none")  # 5m is no 5
+    # units=False: 5m is no 5
+    spelling = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none")
     config = LatexExtractionConfig(normalization_config=spelling)
 
     def read(text):

@@ -43,7 +43,7 @@ def fail(message):
 
 
 def read_lines(path, needs=()):
-    """The objects of a JSONL file, each with the keys in `needs`. An unfinished last line is left out: a run may be writing it."""
+    """The objects of a JSONL file, each with the keys in `needs`; not an unfinished last line: a run may be writing it."""
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             try:
@@ -85,8 +85,8 @@ def read_metrics(run):
 # ---------------------------------------------------------------- tables
 
 def tables(summary):
-    """eval.py's rows -> lists of lines of cells, the head first, shares as floats: the main one, then for each task one for each
-    breakdown and one for the behaviours."""
+    """eval.py's rows -> tables, each a list of lines of cells, the head first, shares as floats: the main one, then for each
+    task one for each breakdown and one for the behaviours."""
     many, paired = max(row["samples"] for row in summary), any("p" in row for row in summary)
     head = ["model", "task", "n", "strict", "95 % interval", "flexible", "format"]
     head += [f"pass@{many}", f"maj@{many}"] if many > 1 else []
@@ -158,7 +158,7 @@ def draw(runs):
                          "xtick.color": "#555555", "ytick.color": "#555555", "xtick.labelsize": 8, "ytick.labelsize": 8,
                          "axes.xmargin": 0.02, "axes.axisbelow": True})
     data = [read_metrics(run) for run in runs]
-    looks = [{"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":")[i // len(COLOURS) % 3]} for i in range(len(runs))]
+    looks = [{"color": colour, "linestyle": line} for line in ("-", "--", ":") for colour in COLOURS] * len(runs)
     found = {key: [v for metrics in data for k in (key, "eval_" + key) for v in series(metrics, k)[1]] for key in PANELS}
     used = [key for key in PANELS if any(found[key]) or found[key] and key in ("reward", "correct")]
     if not used:
@@ -223,13 +223,14 @@ def suspects(records, n=4):
 
 
 def pairs(records):
-    """[(heading, before, after)] of the problems that the first and the last model of the evaluation answered, most changed first."""
+    """[(heading, before, after)] of problems that the first and the last model answered, most changed first."""
     models = list(dict.fromkeys(r["model"] for r in records))
     if len(models) < 2:
         return []
     before, after = ({(r["task"], r["row"]): r for r in reversed(records) if r["model"] == model}  # a problem's first completion
                      for model in (models[0], models[-1]))
-    both = [(before[key], after[key]) for key in dict.fromkeys((r["task"], r["row"]) for r in records) if key in before and key in after]
+    keys = dict.fromkeys((r["task"], r["row"]) for r in records)
+    both = [(before[key], after[key]) for key in keys if key in before and key in after]
     both.sort(key=lambda pair: -abs(pair[1]["reward"] - pair[0]["reward"]))
     learned = [pair for pair in both if pair[0]["correct"] < pair[1]["correct"]]
     unlearned = [pair for pair in both if pair[0]["correct"] > pair[1]["correct"]]
@@ -258,14 +259,16 @@ img { width: 100%; border: 1px solid var(--line); border-radius: 8px }
 .card { border: 1px solid var(--line); border-radius: 8px; margin: 0 0 1rem; overflow: hidden }
 .ask { background: var(--soft); padding: .5rem .9rem; border-bottom: 1px solid var(--line); white-space: pre-wrap;
        max-height: 9rem; overflow: auto }
-.pair, .two { display: grid; grid-template-columns: 1fr 1fr } .pair { gap: 0 1rem } .two > div + div { border-left: 1px solid var(--line) }
+.pair, .two { display: grid; grid-template-columns: 1fr 1fr } .pair { gap: 0 1rem }
+.two > div + div { border-left: 1px solid var(--line) }
 .who { padding: .5rem .9rem 0; font-size: .85rem; color: var(--dim); overflow-wrap: anywhere }
 pre { margin: 0; padding: .5rem .9rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 22rem; overflow: auto;
       font: 12.5px/1.5 ui-monospace, monospace }
 .chip { display: inline-block; font-size: .78rem; padding: .05rem .5rem; border-radius: 9px; background: #eceef1;
         margin: .1rem .25rem .1rem 0 }
 .good { background: #d6efe2 } .bad { background: #f9dcd0 } .tag { color: #a33a8f }
-@media (max-width: 760px) { .pair, .two { grid-template-columns: 1fr } .two > div + div { border-left: 0; border-top: 1px solid var(--line) } }
+@media (max-width: 760px) { .pair, .two { grid-template-columns: 1fr }
+                            .two > div + div { border-left: 0; border-top: 1px solid var(--line) } }
 """
 
 
