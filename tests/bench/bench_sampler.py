@@ -151,7 +151,7 @@ for seed in range(a.rounds + 1):
         if seed:
             found[name].append((sum(lengths) / took, max(limit(lengths)) / took, statistics.mean(lengths)))
         elif name == "Sampler":
-            print(f"Sampler: {fast.plain or ('graphs, ' if fast.graphs else 'one operation at a time, ') + f'{took:.1f} s the first time'}")
+            print(f"Sampler: {fast.why_plain or ('graphs, ' if fast.graphs else 'one operation at a time, ') + f'{took:.1f} s the first time'}")
 for name, rounds in found.items():
     rates, fractions, means = zip(*rounds)
     print(f"{name:12}  median {statistics.median(rates):,.0f} useful tokens/s  ({min(rates):,.0f} to {max(rates):,.0f}), mean "
