@@ -50,14 +50,20 @@ def note(message):
 
 
 # ------------------------------------------------------------------------------------------- flags
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):                         # without "(default: None)"
+        return action.help if action.default in (None, [], "") or action.nargs == 0 else super()._get_help_string(action)
+
+
 class Flags(argparse.ArgumentParser):
     """A parser that also reads @files: flags as in a shell, with # comments. `group` gives a function that adds flags to one."""
 
     def __init__(self, name, doc):
         global script
         script = name
-        super().__init__(name, description=doc.split("\n\n")[0], fromfile_prefix_chars="@",
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        what, *_, examples = doc.split("\n\n")
+        super().__init__(name, description=what, epilog=f"@FILE reads flags from a file. For example:\n\n{examples}",
+                         fromfile_prefix_chars="@", formatter_class=Help)
 
     def convert_arg_line_to_args(self, line):
         try:
@@ -75,7 +81,8 @@ class Flags(argparse.ArgumentParser):
 def add_training_flags(p, **defaults):
     """Those that sft.py and grpo.py have alike, but for some defaults."""
     add = p.group("optimisation")
-    add("--lr", type=float, help="peak learning rate; 1e-6 (grpo.py) and 1e-5 (sft.py) suit whole models, ten times that LoRA")
+    add("--lr", type=float, help="peak learning rate; grpo.py: 1e-6 suits whole models, ten times that LoRA; sft.py takes 1e-5, "
+        "for LoRA 2e-4, for `tiny` 3e-3")
     add("--warmup", type=int, help="steps of linear warm-up")
     add("--lr_schedule", choices=["constant", "linear", "cosine"], help="after the warm-up; linear and cosine end at 0")
     add("--max_grad_norm", type=float, default=1.0, help="clips the gradient to this norm; 0: never")

@@ -44,7 +44,8 @@ def parse_args(argv):
     p = Flags("sft.py", __doc__)
     add = p.group("task and data")
     add("--model", default="tiny", help="`tiny`, a folder or a hub id")
-    add("--data", nargs="+", default=["countdown"], metavar="SOURCE", help="TASK[=PATH][:N], mixed")
+    add("--data", nargs="+", default=["countdown"], metavar="SOURCE",
+        help="TASK[=PATH][:N], mixed: countdown, gsm8k=my/folder, math=AI-MO/NuminaMath-CoT:20000")
     add("--style", choices=rewards.STYLES, default="reasoning", help="name of the reasoning tag")
     add("--max_length", type=int, default=1024, help="tokens of prompt and completion; longer rows are left out")
     add("--steps", type=int, help="updates; without it --epochs counts")
@@ -53,7 +54,7 @@ def parse_args(argv):
     add("--eval_data", nargs="+", default=[], metavar="SOURCE", help="held-out rows, for loss and token accuracy")
     add("--eval_split", choices=["val", "test", "train"], default="val", help="of --eval_data")
     add("--eval_every", type=int, default=0, help="steps; 0: at the end only")
-    add_training_flags(p, lr=1e-5, warmup=0, lr_schedule="cosine", muon_lr=1e-2, save_every=500)
+    add_training_flags(p, lr=None, warmup=0, lr_schedule="cosine", muon_lr=1e-2, save_every=500)
     a = p.parse_args(argv)
     check_training_flags(a)
     check_flags(a, dict(max_length=2, eval_every=0, steps=1, epochs=0, batch_size=1), (
@@ -61,6 +62,7 @@ def parse_args(argv):
         (a.steps and a.warmup >= a.steps, f"--warmup {a.warmup}: must be below --steps, {a.steps}"),
         (a.batch_size % WORLD, f"--batch_size {a.batch_size}: must be a multiple of the {WORLD} processes"),
         (a.lora_rank and a.model == "tiny", "--lora_rank: a new `--model tiny` has no base to adapt; leave it out")))
+    a.lr = a.lr or (3e-3 if a.model == "tiny" else 2e-4 if a.lora_rank else 1e-5)
     return a
 
 
@@ -198,12 +200,16 @@ def sums(logps, optimizer, rows, device, args, scale=None, stop=None):
 
 
 # ------------------------------------------------------------------------------------------- the run
-LINE = "step {step}  loss {loss:.4f}  token accuracy {token_accuracy:.3f}  grad {grad_norm:.2f}  {tokens_per_s:.0f} tokens/s, {left} left"
+LINE = "step {step}/{steps}  loss {loss:.4f}  accuracy {token_accuracy:.3f}  grad {grad_norm:.2f}  {tokens_per_s:.0f} tokens/s  {left} left"
 
 
 def train(args, argv):
     device, dtype = start_processes(args.dtype)
     # 1. rows
+    if "countdown" in args.data and not Path("data/countdown").exists():
+        fail("--data countdown: there is no data/countdown yet; `python countdown.py --out data/countdown` makes it")
+    rows = [row for source in args.data for row in rewards.load_rows(source, "train")]
+    held_out = [row for source in args.eval_data for row in rewards.load_rows(source, args.eval_split)]
     if args.model == "tiny":
         tok, context = tiny_tokenizer(), 2048
     else:
@@ -211,8 +217,6 @@ def train(args, argv):
     if args.max_length > context:
         fail(f"--max_length {args.max_length}: the context of {args.model} is {context} tokens")
     end = end_token(tok)
-    rows = [row for source in args.data for row in rewards.load_rows(source, "train")]
-    held_out = [row for source in args.eval_data for row in rewards.load_rows(source, args.eval_split)]
     rows, held_out = (of and encode(tok, of, args.style, args.max_length, end) for of in (rows, held_out))
     steps = args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
     folder = gather(find_checkpoint(args, FREE) if RANK == 0 else None)[0]
@@ -257,11 +261,11 @@ def train(args, argv):
             loss, right, n = sum(gather(sums(logps, optimizer, held_out, device, args, stop=stop))).tolist()
         model.train()
         log({"step": done, "eval_loss": loss / n, "eval_token_accuracy": right / n, "eval_tokens": int(n)})
-        note(f"step {done}  held-out: loss {loss / n:.4f}  token accuracy {right / n:.3f}")
+        note(f"step {done}/{steps}  held-out: loss {loss / n:.4f}  accuracy {right / n:.3f}")
 
     model.train()
     begun, first, shown = time.perf_counter(), done, 0
-    bar = tqdm(total=steps, initial=done, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
+    bar = tqdm(total=steps, initial=done, bar_format="{desc} {bar}", disable=RANK > 0 or not sys.stderr.isatty())
     with stop:
         try:
             while True:
@@ -275,10 +279,12 @@ def train(args, argv):
                 log(metrics)
                 now = time.perf_counter()
                 left = tqdm.format_interval((now - begun) / (done - first) * (steps - done))
+                line = LINE.format_map(metrics | {"steps": steps, "left": left})
+                bar.set_description_str(line, refresh=False)
                 bar.update()
-                if not bar.disable or now - shown > 10 or done == steps:            # a bar's line, or one each ten seconds
+                if bar.disable and (now - shown > 10 or done == steps):             # no terminal: a line each ten seconds
                     shown = now
-                    (bar.set_postfix_str if not bar.disable else note)(LINE.format_map(metrics | {"left": left}))
+                    note(line)
                 if bad == BAD_STEPS:
                     text = "\n\n".join(tok.decode(row["ids"]) for row in rows_of_step(rows, done, args.batch_size, args.seed))
                     if RANK == 0:
@@ -289,6 +295,7 @@ def train(args, argv):
                 if done == steps or args.save_every and done % args.save_every == 0:
                     saved = save()
         except KeyboardInterrupt as stopped:
+            bar.close()
             if saved < done:
                 save()
             leave(stopped, done, steps, argv)
