@@ -17,6 +17,7 @@ def divide(a, b):
 
 OPERATORS = {ast.Add: ("+", 1, operator.add), ast.Sub: ("-", 1, operator.sub),
              ast.Mult: ("*", 2, operator.mul), ast.Div: ("/", 2, divide)}
+OPPOSITE = {"+": "-", "-": "+"}
 APPLY = {sign: apply for sign, _, apply in OPERATORS.values()}
 
 
@@ -48,6 +49,10 @@ def cached_value(text):
         return None
 
 
+def negated(node):
+    return type(node) is ast.UnaryOp and type(node.op) is ast.USub
+
+
 def value(node):
     """A parsed expression -> (exact value, shortest text, rank: how tightly its outermost sign binds).
 
@@ -56,17 +61,25 @@ def value(node):
     if type(node) is ast.Constant:
         number = node.value if type(node.value) is int else Fraction(repr(node.value))
         return number, str(number) if number.denominator == 1 else repr(node.value), 4
-    if type(node) is ast.UnaryOp and type(node.op) is ast.USub:
+    if negated(node):
+        if negated(node.operand):  # --3 is a padded 3
+            return value(node.operand.operand)
         a, text, rank = value(node.operand)
-        return (-a, text[1:], 4) if rank == 3 else (-a, "-" + (text if rank == 4 else f"({text})"), 3)
+        if rank > 1 and text[0] == "-":  # and so is -(-3*4) a padded 3*4
+            return -a, text[1:], rank
+        return (-a, f"-({text})", 3) if rank == 1 else (-a, f"-{text}", min(rank, 3))
     if type(node) is ast.BinOp and type(node.op) in OPERATORS:
-        sign, rank, apply = OPERATORS[type(node.op)]
-        (a, left, left_rank), (b, right, right_rank) = value(node.left), value(node.right)
-        if right_rank == 3 and rank == 1:  # 2--3 is a padded 2+3
-            return apply(a, b), left + {"+": "-", "-": "+"}[sign] + right[1:], 1
+        (sign, rank, _), right = OPERATORS[type(node.op)], node.right
+        while rank == 1 and negated(right):  # 2--3 is a padded 2+3
+            sign, right = OPPOSITE[sign], right.operand
+        (a, left, left_rank), (b, right, right_rank) = value(node.left), value(right)
+        result = APPLY[sign](a, b)
         left = left if left_rank >= rank else f"({left})"
-        right = right if right_rank > rank or right_rank == rank and sign in "+*" else f"({right})"
-        return apply(a, b), left + sign + right, rank
+        if right_rank < rank or right_rank == rank and sign in "-/":
+            right = f"({right})"
+        elif rank == 1 and right[0] == "-":  # 2+(-3+4) is a padded 2-3+4
+            sign, right = OPPOSITE[sign], right[1:]
+        return result, left + sign + right, rank
     raise ValueError("not arithmetic")
 
 

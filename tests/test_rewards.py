@@ -170,7 +170,7 @@ else:
             assert found is None
         else:
             assert found[0] == value
-            assert len(found[1]) <= len(text) and arithmetic.evaluate(found[1])[0] == value
+            assert len(found[1]) <= len(text) and arithmetic.evaluate(found[1]) == (value, found[1])
 
     PART = st.floats(0, 10, allow_nan=False)
 
@@ -329,6 +329,25 @@ def test_every_line_of_a_true_trace_earns_its_process():
             lines.append(" ".join(steps) + noise.choice([" no", " ok"]))
         row = {"nums": nums, "target": 1}
         assert rewards.score("countdown", completion("1", "\n".join(lines)), row)["process"] == 1, lines
+
+
+@pytest.mark.parametrize(
+    "written, shortest",
+    [
+        ("2--(3*(4))", "2+3*4"),
+        ("2--(3+4)", "2+3+4"),
+        ("2+(-3+4)", "2-3+4"),
+        ("-(3*4)+20", "-3*4+20"),
+        ("-(-3*4)", "3*4"),
+        ("--(2+3)", "2+3"),
+        ("2-(-3+4)", "2-(-3+4)"),
+        ("2/-(3*4)", "2/(-3*4)"),
+        ("8-(3-2)", "8-(3-2)"),
+        ("8/(2*2)", "8/(2*2)"),
+    ],
+)
+def test_padding_with_signs_and_parentheses_is_seen(written, shortest):
+    assert arithmetic.evaluate(written)[1] == shortest
 
 
 def test_weights_name_the_parts_that_count():
