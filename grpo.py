@@ -113,16 +113,16 @@ def advantages(rewards, group_size, scale="group"):
     """[N] rewards, the G of a group side by side -> [N] advantages: r - mean(group), over a standard deviation (GRPO,
     arXiv 2402.03300, section 4.1.2). scale: `group` (the paper), `batch` (one std for all, arXiv 2508.08221), `none`
     (Dr. GRPO, arXiv 2503.20783). A group of equal rewards gets exactly 0, whatever rounding made of its mean."""
-    groups = rewards.float().view(-1, group_size)                                    # [N / G, G]
-    centred = groups - groups.mean(1, keepdim=True)
+    r = rewards.float().view(-1, group_size)                                         # [N / G, G]
+    centred = r - r.mean(1, keepdim=True)
     if scale == "group":
-        centred = centred / (groups.std(1, keepdim=True) + 1e-4)
+        centred = centred / (r.std(1, keepdim=True) + 1e-4)
     elif scale == "batch":
-        centred = centred / (groups.std() + 1e-4)
+        centred = centred / (r.std() + 1e-4)
     elif scale != "none":
         raise ValueError(f"scale {scale!r}: one of group, batch, none")
-    dead = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
-    return centred.masked_fill(dead, 0.0).view(-1)
+    equal = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)                       # [N / G, 1]
+    return centred.masked_fill(equal, 0.0).view(-1)
 
 
 def policy_loss(logp, old_logp, ref_logp, adv, mask, *, loss="dapo", clip_low=0.2, clip_high=0.2, beta=0.0,
@@ -209,9 +209,20 @@ class Rollout:
     advantage: float = 0.0
 
 
+def chunks(rollouts, size):
+    """Lists of `size` neighbours; with the group size: the completions of each prompt."""
+    return [rollouts[at:at + size] for at in range(0, len(rollouts), size)]
+
+
+def dead(group):
+    """A group whose rewards are all equal: its advantages, and so its gradient, are 0."""
+    return len({r.parts["reward"] for r in group}) == 1
+
+
 def rollout(run, data, indices, step, temperature, first_row=0):
-    """Scored completions, a group for each index into data; temperature 0: greedy, one for each. Processes share the work and
-    all return all of it, so that from here on every one of them computes the same. If one is to stop, all do."""
+    """Scored completions, a group for each index into data; temperature 0: greedy, one for each. first_row: completions drawn
+    in this step before, which have used that many rows of noise. Processes share the work and all return all of it, so that
+    from here on every one of them computes the same. If one is to stop, all do."""
     try:
         share = rollout_share(run, data, indices, step, temperature, first_row)
     except KeyboardInterrupt as stop:
@@ -220,38 +231,38 @@ def rollout(run, data, indices, step, temperature, first_row=0):
     for share in shares:
         if isinstance(share, KeyboardInterrupt):
             raise share
-    return [r for slot in range(len(indices)) for r in shares[slot % WORLD][slot // WORLD]]
+    return [r for place in range(len(indices)) for r in shares[place % WORLD][place // WORLD]]
 
 
 def rollout_share(run, data, indices, step, temperature, first_row):
-    """This process's groups of a rollout."""
-    args, size = run.args, run.args.group_size if temperature else 1
-    mine, out = range(RANK, len(indices), WORLD), []
-    while mine:
-        part = mine[:max(1, args.sample_batch_size // size)]
-        rows = [data[indices[slot]] for slot in part]
-        places = [first_row + slot * size + g for slot in part for g in range(size)]
-        noise = uniforms(args.seed, step, places, args.max_new_tokens) if temperature else None
+    """This process's groups of a rollout, every WORLD-th. Noise goes by a completion's place in the step, whoever samples it."""
+    args, G = run.args, run.args.group_size if temperature else 1
+    places, out = range(RANK, len(indices), WORLD), []
+    while places:
+        part = places[:max(1, args.sample_batch_size // G)]
+        rows = [data[indices[place]] for place in part]
+        noise = uniforms(args.seed, step, [first_row + place * G + g for place in part for g in range(G)],
+                         args.max_new_tokens) if temperature else None
         try:
-            ids, logps = run.generate([row["prompt_ids"] for row in rows], noise, group_size=size, check=run.stop.check,
-                                  max_new_tokens=args.max_new_tokens, temperature=temperature or 1.0, eos_ids=run.eos_ids,
-                                  pad_id=run.tokenizer.pad_token_id or 0)                                                  # 2
+            ids, logps = run.generate([row["prompt_ids"] for row in rows], noise, group_size=G, check=run.stop.check,
+                                      max_new_tokens=args.max_new_tokens, temperature=temperature or 1.0, eos_ids=run.eos_ids,
+                                      pad_id=run.tokenizer.pad_token_id or 0)                                              # 2
         except torch.OutOfMemoryError:
             if len(part) == 1:
                 raise
             ids = None
         if ids is None:                                         # outside of the except, which holds on to the memory
             torch.cuda.empty_cache()
-            args.sample_batch_size = len(part) // 2 * size
+            args.sample_batch_size = len(part) // 2 * G
             note(f"out of GPU memory: --sample_batch_size {args.sample_batch_size} from here on; the samples are the same")
             continue
-        mine = mine[len(part):]
-        rows = [row for row in rows for _ in range(size)]
+        rows = [row for row in rows for _ in range(G)]
         texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        parts = rewards.score_batch([row["task"] for row in rows], texts, rows, style=args.style, weights=args.weights,
-                                    n_tokens=[len(x) for x in ids], length=args.length_penalty)                            # 3
-        out += [[Rollout(indices[slot], data[indices[slot]]["prompt_ids"], ids[k], logps[k], ids[k][-1] in run.eos_ids,
-                         texts[k], parts[k]) for k in range(j * size, (j + 1) * size)] for j, slot in enumerate(part)]
+        scored = rewards.score_batch([row["task"] for row in rows], texts, rows, style=args.style, weights=args.weights,
+                                     n_tokens=[len(x) for x in ids], length=args.length_penalty)                           # 3
+        new = [Rollout(indices[part[k // G]], rows[k]["prompt_ids"], ids[k], logps[k].clone(), ids[k][-1] in run.eos_ids, texts[k],
+                       scored[k]) for k in range(len(ids))]     # clone: a view would travel with its whole batch
+        places, out = places[len(part):], out + chunks(new, G)
     return out
 
 
@@ -261,28 +272,26 @@ def collect(run, step, temperature):
     args, G = run.args, run.args.group_size
     trained, first, drawn = [], [], []
     for _ in range(1 + args.max_resample):
-        indices = run.curriculum.draw(args.prompts_per_step - len(trained) // G, {r.index for r in drawn})                 # 1
-        new = rollout(run, run.data, indices, step, temperature, len(drawn))
+        missing = args.prompts_per_step - len(trained) // G
+        indices = run.curriculum.draw(missing, exclude={r.index for r in drawn})                                           # 1
+        new = rollout(run, run.data, indices, step, temperature, first_row=len(drawn))
         first, drawn = first or new, drawn + new
-        trained += [r for at in range(0, len(new), G) if not dead(new[at:at + G]) for r in new[at:at + G]]
+        trained += [r for group in chunks(new, G) if not dead(group) for r in group]
         if len(trained) == args.prompts_per_step * G:
             break
     trained = trained if trained and args.max_resample else first
     adv = advantages(torch.tensor([r.parts["reward"] for r in trained]), G, args.scale)                                    # 4
-    for r, r.advantage in zip(trained, adv.tolist()):
-        pass
+    for r, a in zip(trained, adv.tolist()):
+        r.advantage = a
     return trained, first, drawn
-
-
-def dead(group):
-    return len({r.parts["reward"] for r in group}) == 1
 
 
 # ------------------------------------------------------------------------------------------- the policy
 def build(args, tokenizer, eos_ids, data, eval_data, device, dtype):
     """All that a run is made of. model: the policy, a transformers model or a peft model around one; logps: completion_logps
-    of it; sampler: the same as one whole plain model; reference: where the policy started, frozen, or None where that is the
-    policy with its adapter off; data: rows with "prompt_ids"."""
+    of it; sampler: the same as one whole plain model, which `generate` samples from; reference: where the policy started,
+    frozen, or None where that is the policy with its adapter off; data: rows with "prompt_ids"; bad: steps in a row whose
+    gradient was not finite; recent: metrics of the last 20 steps."""
     def load():
         return load_lm(args.model, device, dtype, trust_remote_code=args.trust_remote_code)
 
@@ -297,7 +306,7 @@ def build(args, tokenizer, eos_ids, data, eval_data, device, dtype):
     return types.SimpleNamespace(
         args=args, tokenizer=tokenizer, eos_ids=eos_ids, data=data, eval_data=eval_data, device=device,
         model=model, logps=logps, optimizer=optimizer, reference=reference, sampler=sampler,
-        generate=partial(generate, sampler) if args.sampler == "plain" else Sampler(sampler),
+        generate=Sampler(sampler) if args.sampler == "auto" else partial(generate, sampler),
         curriculum=Curriculum(len(data), args.group_size, args.seed, args.curriculum_floor), stop=Stop(), bad=0, recent=[])
 
 
@@ -308,12 +317,14 @@ def reference_lm(run):
         with run.model.disable_adapter():
             yield base_lm(run.model)
         return
-    held = {p: p.data for p in run.reference.parameters()}
-    for p, data in held.items():
-        p.data = data.to(run.device, non_blocking=True)
-    yield run.reference
-    for p, data in held.items():
-        p.data = data
+    at_home = {p: p.data for p in run.reference.parameters()}
+    try:
+        for p, data in at_home.items():
+            p.data = data.to(run.device, non_blocking=True)
+        yield run.reference
+    finally:
+        for p, data in at_home.items():
+            p.data = data
 
 
 # ------------------------------------------------------------------------------------------- 5-7. update
@@ -327,18 +338,36 @@ def micro_batches(rollouts, size, device, mask_truncated=False):
              "mask": pad([[float(r.ended or not mask_truncated)] * len(r.completion) for r in part]),
              "prompt_lengths": torch.tensor([len(r.prompt) for r in part], device=device),
              "adv": torch.tensor([r.advantage for r in part], device=device)}
-            for part in (order[at:at + size] for at in range(0, len(order), size))]
+            for part in chunks(order, size)]
 
 
 def evened(batches, spare):
-    """As many batches in every process: what is missing is `spare`, with nothing to train on."""
-    nothing = spare | {"mask": torch.zeros_like(spare["mask"])}
-    return batches + [dict(nothing) for _ in range(largest(len(batches)) - len(batches))]
+    """As many batches in every process, which makes as many passes: what is missing is `spare`, without a token to train on."""
+    missing = largest(len(batches)) - len(batches)
+    return batches + [spare | {"mask": torch.zeros_like(spare["mask"])} for _ in range(missing)]
+
+
+def halved(batches, spare):
+    """The same rows in micro-batches of half the size, together with what earlier passes have left in them."""
+    halves = [dict(zip(b, half)) for b in batches for half in zip(*(x.tensor_split(2) for x in b.values()))]
+    return evened([half for half in halves if len(half["ids"])], spare)
+
+
+def add_reference(run, batches, temperature, stop):
+    """Leaves the reference's log-probabilities in each batch as "ref"; they stay for the step."""
+    def one(b):
+        if "ref" not in b:
+            b["ref"] = completion_logps(lm, b["ids"], b["prompt_lengths"], b["mask"], temperature)[0]
+
+    if largest(int(any("ref" not in b for b in batches))):      # in all processes or in none, as passes do together
+        run.model.eval()                                        # an adapter's base: no dropout
+        with torch.no_grad(), reference_lm(run) as lm:
+            passes(batches, one, stop)
 
 
 def backward(run, batches, temperature, num_tokens, num_seqs, stop=None):
-    """Adds up the gradient of a whole step, batch by batch. -> the loss's parts. The first pass leaves the policy's own
-    log-probabilities in each batch: they are the old ones of the later passes."""
+    """Adds up the gradient of a whole step, batch by batch. -> this process's share of the loss and its parts. The first pass
+    leaves the policy's own log-probabilities in each batch as "old"; they stay for the step."""
     args, sums = run.args, {}
 
     def one(b):
@@ -353,12 +382,9 @@ def backward(run, batches, temperature, num_tokens, num_seqs, stop=None):
         for name, value in parts.items():
             sums[name] = sums.get(name, 0) + value
 
-    def reference(b):
-        b["ref"] = completion_logps(lm, b["ids"], b["prompt_lengths"], b["mask"], temperature)[0]
-
-    if args.beta and any("ref" not in b for b in batches):
-        with torch.no_grad(), reference_lm(run) as lm:
-            passes(batches, reference, stop)
+    if args.beta:
+        add_reference(run, batches, temperature, stop)
+    run.model.train()
     passes(batches, one, stop, args.fsdp)
     return {name: float(value) for name, value in sums.items()}
 
@@ -367,30 +393,33 @@ def update(run, trained, temperature, factor):
     """Steps 5 to 7 on the rollouts of one step: --inner_epochs updates at `factor` times the peak learning rate. -> metrics, means
     over them. Only a stop that comes before the first update leaves."""
     args = run.args
-    metrics = dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "entropy", "logp_gap", "grad_norm"), 0.0)
-    args.micro_batch_size = min(gather(args.micro_batch_size))
+    metrics = dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "entropy", "logp_gap", "grad_norm", "skipped"), 0.0)
     batches = micro_batches(trained, args.micro_batch_size, run.device, args.mask_truncated)
     num_tokens = sum(float(b["mask"].sum()) for b in batches)
-    batches, spare = evened(batches[RANK::WORLD], batches[-1]), batches[-1]
-    run.model.train()
+    spare = {name: x[:1] for name, x in batches[-1].items()}    # of the shortest
+    batches = evened(batches[RANK::WORLD], spare)
     for epoch in range(args.inner_epochs if num_tokens else 0):
-        while True:
+        share = None
+        while share is None:
             run.optimizer.zero_grad()
             try:
-                sums = backward(run, batches, temperature, num_tokens, len(trained), None if epoch else run.stop)
-                break
-            except torch.OutOfMemoryError:
+                share = backward(run, batches, temperature, num_tokens, len(trained), None if epoch else run.stop)
+            except torch.OutOfMemoryError:                      # in all processes: see passes
                 if args.fsdp or largest(max(len(b["ids"]) for b in batches)) == 1:
                     raise
-            torch.cuda.empty_cache()
-            halves = [dict(zip(b, half)) for b in batches for half in zip(*(x.tensor_split(2) for x in b.values())) if len(half[0])]
-            batches, args.micro_batch_size = evened(halves, spare), -(-args.micro_batch_size // 2)
-            note(f"out of GPU memory: --micro_batch_size {args.micro_batch_size} from here on; the update is the same")
+            if share is None:                                   # outside of the except, which holds on to the memory
+                if args.sampler == "auto":
+                    run.generate.release()
+                torch.cuda.empty_cache()
+                batches, args.micro_batch_size = halved(batches, spare), -(-args.micro_batch_size // 2)
+                note(f"out of GPU memory: --micro_batch_size {args.micro_batch_size} from here on; the update is the same")
+        shares = gather(share)
+        totals = {name: sum(share[name] for share in shares) for name in share}
         if not args.fsdp:
             run.optimizer.reduce()
-        norm = run.optimizer.step(factor)                                                                                  # 7
-        shares = gather(sums | {"grad_norm": norm / WORLD, "skipped": (not math.isfinite(norm)) / WORLD})
-        metrics = {name: metrics.get(name, 0) + sum(share[name] for share in shares) / args.inner_epochs for name in shares[0]}
+        norm = run.optimizer.step(factor, skip=not math.isfinite(totals["loss"]))                                          # 7
+        totals |= {"grad_norm": norm, "skipped": float(not math.isfinite(norm + totals["loss"]))}
+        metrics = {name: value + totals[name] / args.inner_epochs for name, value in metrics.items()}
     run.model.eval()
     refresh(run.sampler, run.model)
     return metrics
@@ -404,16 +433,15 @@ def save_model(run, folder):
 
 
 def save(run, step):
-    """OUTPUT_DIR/checkpoint-<step>: a model folder, and all else that a run is."""
-    if (Path(run.args.output_dir) / f"checkpoint-{step}").exists():
-        return
+    """OUTPUT_DIR/checkpoint-<step>: a model folder, and all else that a run is. -> step"""
     state = run.optimizer.state() | {"curriculum": vars(run.curriculum), "bad": run.bad, "recent": run.recent}
     if RANK == 0:
         save_checkpoint(run.args.output_dir, step, run.args.keep, lambda to: (save_model(run, to), torch.save(state, to / "trainer.pt")))
+    return step
 
 
 def load(run, folder):
-    state = read_state(folder)
+    state = read_state(folder, "curriculum", "bad", "recent")
     if len(state["curriculum"]["due"]) != len(run.data):
         fail(f"--resume: --data has {len(run.data)} prompts now, and had {len(state['curriculum']['due'])} in the run")
     run.optimizer.load_state(state)
@@ -462,11 +490,11 @@ def train_step(run, step):
     sampled = time.perf_counter()
     metrics = {"step": step, **means(first, run.data), "groups_drawn": len(drawn) // G}
     for name, rollouts in (("frac_reward_zero_std", first), ("frac_reward_zero_std_after", trained)):
-        metrics[name] = sum(dead(rollouts[at:at + G]) for at in range(0, len(rollouts), G)) * G / len(rollouts)
+        metrics[name] = sum(map(dead, chunks(rollouts, G))) * G / len(rollouts)
     torch.manual_seed(args.seed * 1_000_003 + step)             # for a model with dropout
     metrics |= update(run, trained, temperature, factor)                                                                 # 5-7
-    for at in range(0, len(drawn), G):
-        run.curriculum.record(drawn[at].index, sum(r.parts["correct"] for r in drawn[at:at + G]))
+    for group in chunks(drawn, G):
+        run.curriculum.record(group[0].index, sum(r.parts["correct"] for r in group))
     end = time.perf_counter()
     gpu = run.device.type == "cuda"
     return metrics | {"lr": args.lr * factor, "temperature": temperature, "sample_seconds": sampled - start,
@@ -503,7 +531,7 @@ WARNINGS = [                                                    # (what the last
 def report(run, metrics, first, said):
     """The step's line, its samples where they are due, and warnings, each of them once."""
     args, step, data = run.args, metrics["step"], run.data
-    run.recent, run.bad = [*run.recent[-19:], metrics], run.bad + 1 if metrics.get("skipped") else 0
+    run.recent, run.bad = [*run.recent[-19:], metrics], run.bad + 1 if metrics["skipped"] else 0
     left = (args.steps - step) * sum(m["step_seconds"] for m in run.recent) / len(run.recent)
     note(LINE.format_map(metrics | {"left": tqdm.format_interval(left)}))
     if RANK == 0 and (step % args.sample_every == 0 or step == 1 or run.bad):
@@ -517,7 +545,8 @@ def report(run, metrics, first, said):
     if run.bad:
         note(f"warning: the gradient of step {step} is not finite and was not used ({run.bad} in a row; see samples.jsonl)")
     if run.bad == BAD_STEPS:
-        fail(f"{run.bad} gradients in a row are not finite: lower --lr, and look at step {step} in {args.output_dir}/samples.jsonl")
+        fail(f"{run.bad} gradients in a row are not finite: look at step {step} in {args.output_dir}/samples.jsonl, then begin anew with a "
+             "lower --lr or --dtype float32")
 
 
 def train(args, argv):
@@ -532,12 +561,14 @@ def train(args, argv):
     if len(data) < args.prompts_per_step:
         fail(f"--data has {len(data)} prompts, fewer than --prompts_per_step {args.prompts_per_step}")
     folder = gather(find_checkpoint(args, FREE) if RANK == 0 else None)[0]
-    run, log, said, done = build(args, tokenizer, eos_ids, data, eval_data, device, dtype), logger(args), set(), 0
+    args.micro_batch_size = min(gather(args.micro_batch_size))  # process 0 has seen to --resume
+    run, said, done, saved = build(args, tokenizer, eos_ids, data, eval_data, device, dtype), set(), 0, -1
     if folder:
         load(run, folder)
-        done = int(folder.name[11:])
+        done = saved = int(folder.name[11:])
     if RANK == 0:
         open_folder(args, folder)                               # a model that does not load costs no run its folder
+    log = logger(args)
     bar = tqdm(total=args.steps, initial=done, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
     with run.stop:
         try:
@@ -549,11 +580,12 @@ def train(args, argv):
                 bar.update()
                 report(run, metrics, first, said)
                 if args.save_every and done % args.save_every == 0:
-                    save(run, done)
+                    saved = save(run, done)
                 run.stop.check(everywhere=True)
                 evaluate(run, done, log)
         except KeyboardInterrupt as stopped:
-            save(run, done)
+            if saved < done:
+                save(run, done)
             leave(stopped, done, args.steps, argv)
         finally:
             bar.close()

@@ -1108,7 +1108,7 @@ def test_mixed_tasks_are_graded_each_by_its_own_rules_with_metrics_by_task(toy, 
     """A sampler that always writes the right countdown answer, and on gsm8k the right one in half of each group."""
     tokenizer, seen = toys.tokenizer(), []
 
-    def generate(prompts, noise, *, group_size=1, **kwargs):
+    def generate(self, prompts, noise, *, group_size=1, **kwargs):
         ids = []
         for prompt in prompts:
             text = tokenizer.decode(prompt)
@@ -1121,7 +1121,7 @@ def test_mixed_tasks_are_graded_each_by_its_own_rules_with_metrics_by_task(toy, 
             seen.append("countdown" if "Target" in text else "gsm8k")
         return ids, [torch.full((len(x),), -1.0) for x in ids]
 
-    monkeypatch.setattr(grpo, "Sampler", lambda lm: generate)
+    monkeypatch.setattr(grpo.Sampler, "__call__", generate)
     m, = cli(toy, tmp_path, "--data", f"countdown={toy / 'countdown'}:3", f"gsm8k={toy / 'gsm8k'}:2", "--steps", 1, "--prompts_per_step", 5,
              "--max_resample", 0, "--weights", "correct=1", "format=0.5", "--max_new_tokens", 100, "--sample_every", 1)
     assert sorted(seen) == ["countdown"] * 3 + ["gsm8k"] * 2

@@ -98,10 +98,11 @@ def together(world, argv, before=lambda rank: None, **env):
 
 def around(sampler, before):
     """In place of grpo.Sampler: one that calls before(prompts) each time it is to sample."""
-    def make(lm):
-        generate = sampler(lm)
-        return lambda prompts, *args, **kwargs: (before(prompts), generate(prompts, *args, **kwargs))[1]
-    return make
+    class Around(sampler):
+        def __call__(self, prompts, *args, **kwargs):
+            before(prompts)
+            return super().__call__(prompts, *args, **kwargs)
+    return Around
 
 
 def whole_steps(out):
@@ -265,24 +266,35 @@ def test_a_file_that_cannot_be_written_stops_with_one_line(toy, whole, tmp_path,
 
 
 # ---------------------------------------------------------------- signals
+def interrupted(real, call, number=signal.SIGINT):
+    """A function that gets a signal as it is called for the `call`-th time."""
+    calls = []
+
+    def function(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            signal.raise_signal(number)
+        return real(*args, **kwargs)
+    return function
+
+
+def stopped(argv):
+    with pytest.raises(SystemExit) as stop:
+        grpo.main(argv)
+    return stop.value.code
+
+
 @pytest.mark.parametrize("number, name, call", [
     (signal.SIGINT, "pick", 25), (signal.SIGTERM, "pick", 1), (signal.SIGTERM, "policy_loss", 5), (signal.SIGINT, "advantages", 3),
     (signal.SIGTERM, "save_model", 2), (signal.SIGINT, "means", 5)])
 def test_a_stopped_run_saves_and_the_line_it_prints_goes_on(toy, whole, tmp_path, monkeypatch, capfd, number, name, call):
     """In the middle of sampling, of the first evaluation, of an update, of a save."""
     module = sampler if name == "pick" else grpo
-    real, calls, handlers = getattr(module, name), [], [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
-
-    def interrupted(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == call:
-            signal.raise_signal(number)
-        return real(*args, **kwargs)
+    handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
     argv = flags(toy, tmp_path / "a b", *evaluated(toy), "--overwrite", steps=6)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(module, name, interrupted)
-        grpo.main(argv)
-    assert stop.value.code == 128 + number
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, interrupted(getattr(module, name), call, number))
+        assert stopped(argv) == 128 + number
     assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == handlers
     last = capfd.readouterr().err.splitlines()[-1]
     python, script, *again = shlex.split(last.partition("go on with: ")[2])
@@ -310,28 +322,39 @@ def test_a_second_signal_leaves_at_once(toy, tmp_path, capfd):
 
 
 # ---------------------------------------------------------------- runs that go wrong
-def spoil(monkeypatch, when):
+def times_nan(loss, parts):
+    return loss * math.nan, parts
+
+
+def nan_alone(loss, parts):
+    """The gradient stays finite."""
+    return loss, parts | {"loss": parts["loss"] * math.nan}
+
+
+def spoil(monkeypatch, when, how=times_nan):
     """Losses of the steps for which `when` holds are not finite."""
     real, step = grpo.update, []
 
     def update(run, *args):
         step.append(1)
-        run.poison = math.nan if when(len(step)) else 1.0
         with monkeypatch.context() as patch:
             loss = grpo.policy_loss
-            patch.setattr(grpo, "policy_loss", lambda *a, **k: (lambda x, parts: (x * run.poison, parts))(*loss(*a, **k)))
+            if when(len(step)):
+                patch.setattr(grpo, "policy_loss", lambda *a, **k: how(*loss(*a, **k)))
             return real(run, *args)
     monkeypatch.setattr(grpo, "update", update)
 
 
-def test_a_gradient_that_is_not_finite_is_not_used_and_counted(toy, tmp_path, monkeypatch, capfd):
-    spoil(monkeypatch, lambda step: step in (2, 3))
+@pytest.mark.parametrize("how", [times_nan, nan_alone])
+def test_a_loss_or_gradient_that_is_not_finite_is_not_used_and_counted(toy, tmp_path, monkeypatch, capfd, how):
+    spoil(monkeypatch, lambda step: step in (2, 3), how)
     grpo.main(flags(toy, tmp_path, "--keep", 9))
     saved = [weights(tmp_path / f"checkpoint-{k}") for k in (1, 2, 3, 4)]
     moved = [any(not torch.equal(a[k], b[k]) for k in a) for a, b in zip(saved, saved[1:])]
     assert moved == [False, False, True] and all(x.isfinite().all() for x in saved[-1].values())
     rows = toys.read(tmp_path / "metrics.jsonl")
-    assert [row["skipped"] for row in rows] == [0, 1, 1, 0] and [row["grad_norm"] is None for row in rows] == [False, True, True, False]
+    assert [row["skipped"] for row in rows] == [0, 1, 1, 0]
+    assert [row["grad_norm" if how is times_nan else "loss"] is None for row in rows] == [False, True, True, False]
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     assert {row["step"] for row in toys.read(tmp_path / "samples.jsonl")} == {1, 2, 3}
     assert capfd.readouterr().err.count("not finite") == 2
@@ -356,6 +379,33 @@ def test_a_run_that_goes_wrong_says_so_once(toy, tmp_path, monkeypatch, capfd, r
     assert len(warned) == len(words) and all(sum(word in line for line in warned) == 1 for word in words), warned
 
 
+def test_a_resumed_run_counts_on_from_what_it_has_seen(toy, tmp_path, monkeypatch, capfd):
+    """Gradients in a row that are not finite: two before the stop, three after it."""
+    argv = flags(toy, tmp_path, "--save_every", 0, steps=20)
+    with monkeypatch.context() as patch:
+        spoil(patch, lambda step: step > 1)
+        patch.setattr(grpo, "train_step", interrupted(grpo.train_step, 4))
+        stopped(argv)
+    spoil(monkeypatch, lambda step: True)
+    with pytest.raises(SystemExit):
+        grpo.main([*argv, "--resume"])
+    assert "step 6" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_a_resumed_run_warns_of_the_same_twenty_steps(toy, tmp_path, monkeypatch, capfd):
+    keys = "loss", "kl", "clip_low", "clip_high", "logp_gap", "grad_norm", "entropy", "skipped"
+    monkeypatch.setattr(grpo, "update", lambda *_: dict.fromkeys(keys, 0.0) | {"kl": 3.0})
+    argv = flags(toy, tmp_path, "--max_new_tokens", 4, "--save_every", 0, "--max_resample", 0, steps=22)
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "train_step", interrupted(grpo.train_step, 13))
+        stopped(argv)
+    assert "KL above 1" not in capfd.readouterr().err
+    grpo.main([*argv, "--resume"])
+    lines = [line[:8] if line.startswith("step") else line for line in capfd.readouterr().err.splitlines()]
+    at, = (i for i, line in enumerate(lines) if "KL above 1" in line)
+    assert "step 20 " in lines[:at] and "step 21 " in lines[at:] and "step 13 " == lines[0]
+
+
 # ---------------------------------------------------------------- memory
 @pytest.mark.parametrize("more", [[], ["--lora_rank", 4], ["--inner_epochs", 2]])
 def test_too_little_memory_halves_the_micro_batch_and_the_update_is_the_same(toy, tmp_path, monkeypatch, capfd, more):
@@ -376,6 +426,11 @@ def test_too_little_memory_halves_the_micro_batch_and_the_update_is_the_same(toy
     assert failed == [8, 4] and far(tmp_path / "enough", tmp_path / "little") < 1e-6
     err = capfd.readouterr().err
     assert err.count("--micro_batch_size 4") == err.count("--micro_batch_size 2") == 1
+
+
+def test_a_reference_in_cpu_memory_gives_the_same_update(toy, whole, tmp_path):
+    grpo.main(flags(toy, tmp_path, *evaluated(toy), "--offload_reference", steps=6))
+    assert_same_run(tmp_path, whole)
 
 
 def test_gradients_that_an_error_left_in_short_weights_are_dropped(toy, tmp_path, monkeypatch):
@@ -420,22 +475,13 @@ def test_where_no_half_is_left_one_line_says_what_to_change(toy, tmp_path, monke
 
 # ---------------------------------------------------------------- several processes
 def uneven(rank):
-    """Rollouts take longer in some processes, and one of them runs out of memory once."""
-    logps, failed, rng = grpo.policy_loss, [], random.Random(rank)
-
-    def small(logp, *args, **kwargs):
-        if rank == 1 and not failed and len(logp) > 1 and "--fsdp" not in sys.argv:
-            failed.append(1)
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return logps(logp, *args, **kwargs)
+    """Rollouts take longer in some processes."""
+    rng = random.Random(rank)
     grpo.Sampler = around(grpo.Sampler, lambda prompts: time.sleep(rng.uniform(0, 0.05)))
-    if grpo.UNEVEN_MEMORY:
-        grpo.policy_loss = small
 
 
-@pytest.mark.parametrize("world, more", [(2, []), (4, []), (2, ["--fsdp"]), (2, ["--lora_rank", 4])])
-def test_several_processes_do_what_one_does(toy, tmp_path, monkeypatch, world, more):
-    monkeypatch.setattr(grpo, "UNEVEN_MEMORY", "--fsdp" not in more, raising=False)
+@pytest.mark.parametrize("world, more", [(2, []), (4, []), (2, ["--fsdp"]), (2, ["--lora_rank", 4]), (2, ["--lora_rank", 4, "--load_in_4bit"])])
+def test_several_processes_do_what_one_does(toy, tmp_path, world, more):
     argv = lambda out, *extra: flags(toy, tmp_path / out, *evaluated(toy), "--keep", 9, "--prompts_per_step", 4, *extra)
     grpo.main(argv("one", *[x for x in more if x != "--fsdp"]))
     assert together(world, argv("many", *more), uneven) == [0] * world
@@ -449,6 +495,97 @@ def test_several_processes_do_what_one_does(toy, tmp_path, monkeypatch, world, m
     assert len(set(a["passed"].tolist())) > 2
     assert toys.read(tmp_path / "one/samples.jsonl") == [
         {**row, "advantage": pytest.approx(row["advantage"])} for row in toys.read(tmp_path / "many/samples.jsonl")]
+
+
+def out_of_memory(where, fails):
+    """Process 1 has too little memory at its calls of a function of grpo.py for which fails(number of the call, rows) holds."""
+    def before(rank):
+        real, calls = getattr(grpo, where), []
+
+        def call(rows):
+            calls.append(1)
+            if rank == 1 and fails(len(calls), rows):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        if where == "Sampler":
+            grpo.Sampler = around(real, lambda prompts: call(len(prompts)))
+        else:                                                   # late in a pass: gradients of it may be there
+            setattr(grpo, where, lambda *args, **kwargs: (real(*args, **kwargs), call(len(args[0 if where == "policy_loss" else 1])))[0])
+    return before
+
+
+@pytest.fixture(scope="module")
+def five(toy, tmp_path_factory):
+    """A run of two steps in one process. In two of them micro-batches of 5 rows are two in one process and one in the other."""
+    out, more = tmp_path_factory.mktemp("five"), ["--micro_batch_size", 5, "--save_every", 0, "--max_resample", 0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo.rewards, "score_batch", coin)
+        grpo.main(flags(toy, out, *more, steps=2))
+    return out, more
+
+
+@pytest.mark.parametrize("where, fails, sizes", [
+    ("policy_loss", lambda call, rows: call == 1, [3]), ("policy_loss", lambda call, rows: call == 2, [3]),
+    ("policy_loss", lambda call, rows: rows > 2, [3, 2]), ("completion_logps", lambda call, rows: call == 1, [3]),
+    ("completion_logps", lambda call, rows: call == 2, [3]), ("completion_logps", lambda call, rows: rows > 2, [3, 2]),
+    ("Sampler", lambda call, rows: call == 1, [])])
+def test_too_little_memory_in_one_process_is_seen_to_in_all(toy, five, tmp_path, capfd, where, fails, sizes):
+    """In the policy's pass, the reference's, and in sampling; in the last pass of all too, which one process makes with no row
+    of its own."""
+    out, more = five
+    more = [*more, "--prompts_per_step", 3] if where != "Sampler" else [*more, "--prompts_per_step", 4]
+    if where == "Sampler":                                      # process 1 is to have a prompt to spare
+        grpo.main(flags(toy, tmp_path / "one", *more, steps=2))
+        out = tmp_path / "one"
+    capfd.readouterr()
+    assert together(2, flags(toy, tmp_path / "two", *more, steps=2), out_of_memory(where, fails)) == [0, 0]
+    assert far(out, tmp_path / "two") < 1e-5
+    for a, b in zip(metrics(out), metrics(tmp_path / "two"), strict=True):
+        assert all(a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-5) for k in a)
+    assert re.findall("out of GPU memory: --micro_batch_size (\\d)", capfd.readouterr().err) == list(map(str, sizes))
+
+
+@pytest.mark.parametrize("call, left", [(1, []), (3, [1])])
+def test_too_little_memory_under_fsdp_restarts_with_half_the_micro_batch(toy, five, tmp_path, capfd, call, left):
+    """Before the first checkpoint and after it. The other process waits for a pass that does not come: torchrun ends it."""
+    out, _ = five
+    argv = flags(toy, tmp_path, "--max_resample", 0, "--micro_batch_size", 5, "--fsdp", steps=2)
+    codes = together(2, argv, out_of_memory("policy_loss", lambda n, rows: n == call))
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("grpo.py: ")]
+    assert codes[1] == 2 and codes[0] and len(said) == 1 and "--micro_batch_size 2" in said[0] and whole_steps(tmp_path) == left
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.MonkeyPatch.context() as patch:                 # a restart of another launcher's is refused
+        patch.setattr(runs, "LAUNCHER", "another")
+        assert together(2, argv, TORCHELASTIC_RESTART_COUNT="1")[0] != 0
+    assert "holds a run" in capfd.readouterr().err and {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert together(2, argv, out_of_memory("policy_loss", lambda n, rows: rows > 2), TORCHELASTIC_RESTART_COUNT="1") == [0, 0]
+    assert far(out, tmp_path) < 1e-5 and [row["step"] for row in metrics(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("where", ["policy_loss", "completion_logps"])
+def test_a_stop_in_an_update_leaves_after_the_micro_batch_in_all_processes(toy, whole, tmp_path, capfd, where):
+    def before(rank):
+        update, real, passes = grpo.update, getattr(grpo, where), []
+
+        def begin(*args):
+            passes.append(0)
+            return update(*args)
+
+        def one(*args, **kwargs):
+            passes[-1] += 1
+            (tmp_path / f"passes-{rank}").write_text(json.dumps(passes))
+            if rank == 1 and len(passes) == 3 and passes[-1] == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return real(*args, **kwargs)
+        grpo.update = begin
+        setattr(grpo, where, one)
+    argv = flags(toy, tmp_path / "run", *evaluated(toy), "--micro_batch_size", 1, "--save_every", 0, steps=6)
+    assert together(2, argv, before) == [128 + signal.SIGTERM] * 2
+    assert "after step 2 of 6" in capfd.readouterr().err and whole_steps(tmp_path / "run") == [2]
+    first, second = (json.loads((tmp_path / f"passes-{rank}").read_text()) for rank in (0, 1))
+    assert first == second and first[:2] >= [4, 4] and first[2:] == [2]
+    assert together(2, [*argv, "--resume"]) == [0, 0]
+    assert far(tmp_path / "run", whole) < 1e-5
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [row["step"] for row in metrics(whole)]
 
 
 def stop_at(where, call, who=(0,)):
@@ -515,15 +652,19 @@ def test_code_that_comes_with_a_model_does_not_run_unless_asked_to(toy, tmp_path
     assert (tmp_path / "ran").exists()
 
 
-def test_a_checkpoint_cannot_run_code(toy, whole, tmp_path, capfd):
+@pytest.mark.parametrize("kind", ["code", "a list", "another dict", "half of it", "another model"])
+def test_a_checkpoint_that_is_none_gets_one_line_and_runs_no_code(toy, whole, tmp_path, capfd, kind):
     class Bomb:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
     shutil.copytree(whole, tmp_path / "x")
     folder = tmp_path / "x/checkpoint-6"
-    torch.save(Bomb(), folder / "trainer.pt")
+    state = torch.load(folder / "trainer.pt", weights_only=True)
+    torch.save({"code": Bomb(), "a list": [1], "another dict": {"step": 6}, "half of it": {k: state[k] for k in ("weights", "moments")},
+                "another model": state | {"weights": {"w": torch.ones(2)}}}[kind], folder / "trainer.pt")
     (folder / "manifest.json").write_text(json.dumps({p.name: runs.seal(p) for p in folder.iterdir() if p.name != "manifest.json"}))
-    assert "trainer.pt" in refusal(flags(toy, tmp_path / "x", *evaluated(toy), "--keep", 9, "--resume", steps=6), capfd)
+    line = refusal(flags(toy, tmp_path / "x", *evaluated(toy), "--keep", 9, "--resume", steps=6), capfd)
+    assert ("another model" if kind == "another model" else "trainer.pt") in line
     assert not (tmp_path / "ran").exists()
 
 
