@@ -550,6 +550,10 @@ def test_a_sharded_run_out_of_memory_ends_with_one_line_and_torchruns_restart_go
 
 
 # ---------------------------------------------------------------- command lines
+def test_the_learning_rate_suits_what_is_trained_unless_it_is_given():
+    assert [parsed(*more).lr for more in ([], ["--model", "x"], ["--model", "x", "--lora_rank", 8], ["--lr", 1e-4])] == [3e-3, 1e-5, 2e-4, 1e-4]
+
+
 def test_the_command_line_with_a_flag_file_goes_from_nothing_to_a_tiny_model(toy, tmp_path):
     file = tmp_path / "recipe.txt"
     file.write_text(f"# cold start\n\n--model tiny  # made here\n--data 'countdown={toy / 'sft.jsonl'}:8' gsm8k={toy / 'gsm8k'}\n"
@@ -572,7 +576,7 @@ def test_the_command_line_with_a_flag_file_goes_from_nothing_to_a_tiny_model(toy
     (["--model", "EMPTY", "--output_dir", "."], "--model is or lies in it"), (["@QUOTE"], "No closing quotation"),
     (["--optim", "sgd"], "invalid choice"), (["--style", "x"], "invalid choice"), (["--nonsense"], "unrecognized"), (["@nowhere.txt"], "nowhere.txt"),
     (["--chat_template", "nowhere"], "--chat_template nowhere: no such file"), (["--model", "nowhere/at/all"], "--model nowhere/at/all"),
-    (["--data", "poetry"], "poetry"), (["--data", "countdown=nowhere.jsonl"], "nowhere.jsonl"), (["--data", "countdown=", ], "countdown="),
+    (["--data", "poetry"], "poetry"), (["--data", "countdown"], "`python countdown.py"), (["--data", "countdown=nowhere.jsonl"], "nowhere.jsonl"), (["--data", "countdown=", ], "countdown="),
     (["--data", "arc=ARC"], "arc: a row without a worked answer"), (["--data", "countdown=BARE"], "or `solution`"),
     (["--data", "countdown=BROKEN"], "line 2"), (["--data", "countdown=NUMBER"], "`trace`"),
     (["--eval_data", "countdown=nowhere.jsonl"], "nowhere.jsonl"), (["--output_dir", "FILE"], "FILE"),
