@@ -7,7 +7,8 @@
    trained on one form looks worse to a reader of another: where the two figures part, read the samples.
 4. Sum up each model and task in one table row, and by kind of problem.
 5. Write FILE (JSON, an object for each table row), FILE's stem + .samples.jsonl (every completion with its parts) and, for
-   K > 1, .pass_rates.jsonl (the rows with a `pass_rate`, by which grpo.py --pass_rate selects).
+   K > 1, .pass_rates.jsonl (the rows with a `pass_rate`, by which grpo.py --pass_rate selects). Until then the completions are
+   in .so_far.jsonl, which stays if the evaluation is cut short.
 
 How a figure is made stands at its function in part 4: intervals (Wilson), pass@k (unbiased), maj@k (ties), p (McNemar, on the
 problems that a model solves more or less often than the first model does; above 0.05 the difference may well be chance).
@@ -145,13 +146,13 @@ def open_checkpoint(name, args, rows=(), turns={}):
 
 # ---------------------------------------------------------------------------------------- 2. sampling
 def sample(lm, checkpoint, todo, args):
-    """Yields some rows of todo and their completions' ids, K for each row, until there are all."""
+    """Yields, batch by batch, some of the rows `todo` and the ids of their completions: K for each row, side by side."""
     K, size = args.samples, max(1, args.batch_size // args.samples)
     sampler = Sampler(lm) if args.sampler == "auto" else partial(generate, lm)
     while todo:
         batch = todo[:size]
         noise = None
-        if args.temperature:                               # of row i's k-th completion: whatever K and the batch are
+        if args.temperature:                               # a row's k-th completion has the same in any batch, for any K
             noise = torch.stack([uniforms(args.seed, k, batch, args.max_new_tokens) for k in range(K)], 1).flatten(0, 1)
         try:
             ids, _ = sampler([checkpoint.prompts[i] for i in batch], noise, group_size=K, max_new_tokens=args.max_new_tokens,
@@ -353,18 +354,18 @@ def run_harness(model, checkpoint, folder, args):
 
 # ---------------------------------------------------------------------------------------- 5. files
 def so_far(args):
-    """The file of this process's completions while it works: the results of an earlier evaluation stay until these are whole."""
+    """This process's completions while it works. What an earlier evaluation wrote stays until the new files are whole."""
     return args.output.removesuffix(".json") + f".so_far{RANK or ''}.jsonl"
 
 
 def where(kept):
+    """What the message that ends an evaluation early adds."""
     return f"; the completions so far are in {kept}" if os.path.exists(kept) and os.path.getsize(kept) else ""
 
 
 def write_files(args, rows, records, summary, rates):
     stem = args.output.removesuffix(".json")
-    files = {args.output: json.dumps(summary, indent=1, ensure_ascii=False),
-             f"{stem}.samples.jsonl": jsonl(records)}
+    files = {args.output: json.dumps(summary, indent=1, ensure_ascii=False), f"{stem}.samples.jsonl": jsonl(records)}
     for (model, task), rate in rates.items() if args.samples > 1 else ():
         name = [re.sub(r"\W+", "-", model).strip("-")] * (len(args.model) > 1) + [task] * (len(rates) > len(args.model))
         files[".".join([stem, *name, "pass_rates.jsonl"])] = jsonl({**rows[i], "pass_rate": rate[i]} for i in rate)
@@ -408,7 +409,7 @@ def run(args, file, harness):
                 summary.append(row)
         write_files(args, rows, records, summary + others, rates)                                                  # 5
         subprocess.call([*REPORT, "--table", args.output])
-    gather(0)                                                                     # only now does anyone drop what it has kept
+    gather(0)                                                                     # before any process removes its so_far
     return failed
 
 
@@ -429,6 +430,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"\neval.py: interrupted{where(kept)}", file=sys.stderr)
         raise SystemExit(130)
+    except SystemExit:                                                            # a later model that does not load
+        where(kept) and print(f"eval.py: stopped{where(kept)}", file=sys.stderr)
+        raise
     except OSError as err:                                                        # a full disk, most of all
         fail(f"--output {args.output}: cannot be written ({err}){where(kept)}")
     finally:

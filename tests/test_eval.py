@@ -495,6 +495,10 @@ def test_files_that_are_cut_off_or_lack_weights_get_one_line(folder, tmp_path, a
         assert e.value.code == 2 and len(said) == 1 and str(tmp_path / model) in said[0] and "Traceback" not in err, err
     assert "lack" not in said[0] and "base" in said[0]
     assert not list(tmp_path.glob("e.*"))
+    with pytest.raises(SystemExit) as e:                       # as the second of two: the first one's completions are kept
+        evaluate_countdown(folder, tmp_path / "e.json", "--model", str(folder / "a"), str(tmp_path / "damaged"))
+    so_far, = tmp_path.glob("e.*")
+    assert e.value.code == 2 and len(records_of(so_far)) == 4 and str(so_far) in capsys.readouterr().err
 
 
 def test_wrong_input_gets_one_line_and_exit_code_2_before_any_model_loads(folder, tmp_path, monkeypatch, capsys):
