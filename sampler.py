@@ -63,9 +63,6 @@ def generate(model, prompts, noise, *, max_new_tokens, temperature, eos_ids, pad
     noise, temperature = None if noise is None else noise.to(device), temperature or 1.0
     for t in range(max_new_tokens):
         check()
-        if len(forbid) and t:
-            after = (token == forbid[0]).nonzero()                                                    # [m, 1]
-            logits = logits.index_put((after, forbid[1:]), logits.new_tensor(-math.inf))
         token, logp = pick(logits, temperature, None if noise is None else noise[rows, t])
         tokens[rows, t], logps[rows, t] = token, logp
         ended = torch.isin(token, stop) & ~done
@@ -82,6 +79,9 @@ def generate(model, prompts, noise, *, max_new_tokens, temperature, eos_ids, pad
         out = model(input_ids=token[:, None], attention_mask=mask if padded else None, position_ids=position[:, None],
                     past_key_values=cache, use_cache=True)
         logits, position = out.logits[:, -1], position + 1
+        if len(forbid):
+            after = (token == forbid[0]).nonzero()                                                    # [m, 1]
+            logits = logits.index_put((after, forbid[1:]), logits.new_tensor(-math.inf))
     length = length.tolist()
     return [row[:k] for row, k in zip(tokens.tolist(), length)], [row[:k] for row, k in zip(logps.cpu(), length)]
 
@@ -152,9 +152,10 @@ class Sampler:
             except NotImplementedError as err:
                 self.why_plain = str(err)
                 self.release()
-            except torch.OutOfMemoryError:
-                self.release()
-                raise
+            except RuntimeError as err:                         # a capture that fails may hide that memory was full
+                full = [x for x in (err, err.__context__) if isinstance(x, torch.OutOfMemoryError)]
+                full and self.release()
+                raise full[0] if full else err
         return generate(self.model, prompts, noise, forbid=forbid, **options)
 
     def sample(self, prompts, noise, *, max_new_tokens, temperature, eos_ids, pad_id=0, group_size=1, check=lambda: None):
@@ -271,14 +272,9 @@ class Sampler:
         with torch.cuda.stream(self.stream):
             self.step(*size)
         torch.cuda.current_stream().wait_stream(self.stream)
-        graph, full, self.pool = torch.cuda.CUDAGraph(), None, self.pool or torch.cuda.graph_pool_handle()
+        graph, self.pool = torch.cuda.CUDAGraph(), self.pool or torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            try:
-                self.step(*size)                                # is written down, not run
-            except torch.OutOfMemoryError as err:
-                full = err
-        if full:                                                # now that the capture has ended, whose error would hide it
-            raise full
+            self.step(*size)                                    # is written down, not run
         self.captured[size] = graph
 
     def compact(self, rows, columns):

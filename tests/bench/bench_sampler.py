@@ -1,12 +1,12 @@
-"""Useful sampled tokens a second: sampler.Sampler, sampler.generate and transformers' generate, and the fraction of the physical
-limit that they reach. A model of the true shape with random weights is built on the device.
+"""Useful sampled tokens a second: sampler.Sampler, sampler.generate ("plain") and transformers' generate, and the fraction of
+the physical limit that they reach. A model of the true shape with random weights is built on the device.
 
-Useful are the tokens up to a completion's end; what is sampled in a row after it is waste. With --mean_length, so many ids end a
-completion that it comes about at random; without, all completions are --max_new_tokens long. All sample from the model's own
-distribution (no top-k, no top-p), the same prompts in one batch, alternately; ours draws its noise within the time measured.
+Useful are the tokens up to a completion's end; what is sampled in a row after it is waste. With --mean_length, so many ids end
+a completion that it comes about at random; without, all are --max_new_tokens long. All sample from the model's own distribution
+(no top-k, no top-p), the same prompts in one batch, alternately; ours draws its noise within the time measured.
 
-The limit is the larger of two times: every step reads the weights and the keys and values of the rows alive once, at the copy
-bandwidth measured here; and every token costs 2 FLOPs a parameter and those of its attention, at the matrix rate measured here.
+The limit is the larger of two times: each step reads the weights and the keys and values of the rows alive once, at the copy
+bandwidth measured here; each token costs 2 FLOPs a parameter and those of its attention, at the matrix rate measured here.
 
     python tests/bench/bench_sampler.py                               # CPU: 16 prompts x 16, limit 160, mean 40
     python tests/bench/bench_sampler.py --model runs/tiny-grpo        # a checkpoint, its own ends, Countdown prompts
@@ -33,12 +33,12 @@ p.add_argument("--group_size", type=int, help="completions a prompt; 8, tiny: 16
 p.add_argument("--prompt_length", type=int, help="tokens of a prompt, half to all of it for each; 150, tiny: 50")
 p.add_argument("--max_new_tokens", type=int, help="tokens of a completion at most; 512, tiny: 160")
 p.add_argument("--mean_length", type=float, help="of completions, were there no limit; 0: none ends; 0, tiny: 40")
-p.add_argument("--samplers", nargs="+", default=["Sampler", "plain", "transformers"], help="that are compared; the ratio is to the last")
+p.add_argument("--samplers", nargs="+", default=["Sampler", "plain", "transformers"], help="what is compared, the first with the others")
 p.add_argument("--threads", type=int, default=2, help="of the CPU")
 a = p.parse_args()
 tiny = a.shape == "tiny"
-for flag, small, large in (("prompts", 16, 32), ("group_size", 16, 8), ("prompt_length", 50, 150), ("max_new_tokens", 160, 512),
-                           ("mean_length", 40, 0)):
+for flag, small, large in (("prompts", 16, 32), ("group_size", 16, 8), ("prompt_length", 50, 150),
+                           ("max_new_tokens", 160, 512), ("mean_length", 40, 0)):
     if getattr(a, flag) is None:
         setattr(a, flag, small if tiny else large)
 os.environ |= {"OMP_NUM_THREADS": str(a.threads)}
@@ -96,9 +96,9 @@ def theirs(seed):
     torch.manual_seed(seed)
     ids = torch.tensor([[0] * (width - len(x)) + x for x in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts], device=device)
-    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-                         eos_token_id=ends or None, num_return_sequences=a.group_size, max_new_tokens=a.max_new_tokens,
-                         pad_token_id=0)[:, width:]
+    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                         repetition_penalty=1.0, eos_token_id=ends or None, num_return_sequences=a.group_size,
+                         max_new_tokens=a.max_new_tokens, pad_token_id=0)[:, width:]
     ended = torch.isin(out, torch.tensor(ends, dtype=torch.long, device=device))
     return torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1]).tolist()
 
@@ -115,8 +115,16 @@ def seconds(run):
     return statistics.median(took[1:])
 
 
+def measured():
+    """-> bytes/s of a copy, read and written, and FLOP/s of a square matrix product"""
+    gpu = device.type == "cuda"
+    source, n = torch.zeros((2 ** 32 if gpu else 2 ** 28) // dtype.itemsize, dtype=dtype, device=device), 8192 if gpu else 1024
+    target, (left, right) = torch.empty_like(source), torch.randn(2, n, n, dtype=dtype, device=device)
+    return 2 * source.nbytes / seconds(lambda: target.copy_(source)), 2 * n ** 3 / seconds(lambda: left @ right)
+
+
 def limit(lengths):
-    """Seconds that completions of these lengths take at the least: (bytes over bandwidth, FLOPs over matrix rate)"""
+    """Seconds that completions of these lengths take at the least"""
     config = model.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size = sum(x.numel() for x in model.parameters())
@@ -124,21 +132,17 @@ def limit(lengths):
         size -= model.get_input_embeddings().weight.numel()           # of which a step reads a few rows
     starts = [len(x) for x in prompts for _ in range(a.group_size)]
     context = sum(start * n + n * (n + 1) / 2 for start, n in zip(starts, lengths))         # columns that the tokens attend to
-    columns = context * 2 * config.num_hidden_layers * config.num_key_value_heads * head
+    cached = context * 2 * config.num_hidden_layers * config.num_key_value_heads * head
     flops = 2 * size * sum(lengths) + 4 * config.num_hidden_layers * config.num_attention_heads * head * context
-    return (max(lengths) * size + columns) * dtype.itemsize / bandwidth, flops / rate
+    return max((max(lengths) * size + cached) * dtype.itemsize / bandwidth, flops / rate)
 
 
-source = torch.zeros((2 ** 32 if device.type == "cuda" else 2 ** 28) // dtype.itemsize, dtype=dtype, device=device)
-target, n = torch.empty_like(source), 8192 if device.type == "cuda" else 1024
-bandwidth = 2 * source.nbytes / seconds(lambda: target.copy_(source))
-left, right = torch.randn(2, n, n, dtype=dtype, device=device)
-rate = 2 * n ** 3 / seconds(lambda: left @ right)
-del source, target, left, right
-print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'{a.threads} threads'}, torch {torch.__version__}, transformers "
-      f"{transformers.__version__}: copies {bandwidth / 1e9:,.0f} GB/s, multiplies {rate / 1e12:,.2f} TFLOP/s")
-print(f"{a.model or a.shape}: {sum(x.numel() for x in model.parameters()) / 1e6:,.1f} M parameters, {str(dtype)[6:]}; {a.prompts} prompts "
-      f"of at most {width} x {a.group_size}, at most {a.max_new_tokens} tokens; {a.rounds} alternating rounds", flush=True)
+bandwidth, rate = measured()
+where = torch.cuda.get_device_name() if device.type == "cuda" else f"{a.threads} threads"
+print(f"{where}, torch {torch.__version__}, transformers {transformers.__version__}: copies {bandwidth / 1e9:,.0f} GB/s, "
+      f"multiplies {rate / 1e12:,.2f} TFLOP/s")
+print(f"{a.model or a.shape}: {sum(x.numel() for x in model.parameters()) / 1e6:,.1f} M parameters, {str(dtype)[6:]}; {a.prompts} "
+      f"prompts of at most {width} x {a.group_size}, at most {a.max_new_tokens} tokens; {a.rounds} alternating rounds", flush=True)
 
 run = {"Sampler": lambda seed: ours(fast, seed), "transformers": theirs,
        "plain": lambda seed: ours(lambda *x, **y: sampler.generate(model, *x, **y), seed)}
@@ -149,9 +153,9 @@ for seed in range(a.rounds + 1):
         lengths = run[name](seed)
         took = time.perf_counter() - start
         if seed:
-            found[name].append((sum(lengths) / took, max(limit(lengths)) / took, statistics.mean(lengths)))
+            found[name].append((sum(lengths) / took, limit(lengths) / took, statistics.mean(lengths)))
         elif name == "Sampler":
-            print(f"Sampler: {fast.why_plain or ('graphs, ' if fast.graphs else 'one operation at a time, ') + f'{took:.1f} s the first time'}")
+            print(f"Sampler: {fast.why_plain or ('graphs' if fast.graphs else 'no graphs')}, the first time {took:.1f} s", flush=True)
 for name, rounds in found.items():
     rates, fractions, means = zip(*rounds)
     print(f"{name:12}  median {statistics.median(rates):,.0f} useful tokens/s  ({min(rates):,.0f} to {max(rates):,.0f}), mean "
