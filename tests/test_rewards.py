@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -234,12 +235,20 @@ def test_a_megabyte_of_anything_is_scored_quickly(unit):
 
 
 def test_scoring_does_not_grow_memory():
-    script = (
-        "import random, resource, rewards\nrandom.seed(0)\ndef go(n):\n    for _ in range(n):\n        a, b = random.randint(1, 10 ** 9), random.randint(1, 10 ** 9)\n"
-        "        t = f'<reasoning>{a}+{b}={a + b} ' + 'so ' * 100 + f'</reasoning><answer>{a}+{b}' + ' ' * 150 + '</answer>'\n"
-        "        rewards.score('countdown', t, {'nums': [a, b], 'target': a + b}); rewards.score('gsm8k', t, {'answer': f'#### {a}'})\n"
-        "go(4500)\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\ngo(4500)\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
-    )
+    script = dedent("""
+        import random, resource, rewards
+        random.seed(0)
+
+        def go(n):
+            for _ in range(n):
+                a, b = random.randint(1, 10**9), random.randint(1, 10**9)
+                text = f"<reasoning>{a}+{b}={a + b} " + "so " * 100 + f"</reasoning><answer>{a}+{b}" + " " * 150 + "</answer>"
+                rewards.score("countdown", text, {"nums": [a, b], "target": a + b})
+                rewards.score("gsm8k", text, {"answer": f"#### {a}"})
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+        print(-go(4500) + go(4500))
+        """)
     grown = subprocess.run(
         [sys.executable, "-c", script], cwd=Path(rewards.__file__).parent, capture_output=True, text=True, check=True
     ).stdout
@@ -247,7 +256,12 @@ def test_scoring_does_not_grow_memory():
 
 
 def test_loading_takes_neither_torch_nor_a_tenth_of_a_second():
-    script = "import sys, time\nt = time.process_time()\nimport rewards\nprint(time.process_time() - t, [m for m in ('torch', 'transformers', 'numpy', 'sympy', 'datasets') if m in sys.modules])"
+    script = dedent("""
+        import sys, time
+        start = time.process_time()
+        import rewards
+        print(time.process_time() - start, {"torch", "transformers", "numpy", "sympy", "datasets"} & set(sys.modules) or "none")
+        """)
     outs = [
         subprocess.run(
             [sys.executable, "-c", script],
@@ -258,7 +272,7 @@ def test_loading_takes_neither_torch_nor_a_tenth_of_a_second():
         ).stdout.split()
         for _ in range(3)
     ]
-    assert outs[0][1] == "[]" and min(float(out[0]) for out in outs) < 0.1
+    assert outs[0][1] == "none" and min(float(out[0]) for out in outs) < 0.1
 
 
 # ---------------------------------------------------------------------------------------------- the shape of the reward

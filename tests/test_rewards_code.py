@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -33,6 +34,27 @@ CHEATS |= {
     "surrogates": "def f(x): return '\udc80'",
     "too_long": "#" * 200_000,
 }
+
+
+def judges():
+    """The processes of the sandbox that are alive; what a program forks has their command line too."""
+    alive = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if b"sandbox.judge()" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                alive.add(pid)
+        except OSError:
+            pass
+    return alive
+
+
+def left_behind():
+    """Those that stay: other runs on this machine may have judges too, but none that outlives its limit of 10 s."""
+    alive, deadline = judges(), time.time() + 15
+    while alive and time.time() < deadline:
+        time.sleep(0.2)
+        alive &= judges()
+    return alive
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +87,7 @@ def test_cheats_leave_no_folder_behind(verdicts):
 
 
 def test_cheats_leave_no_process_behind(verdicts):
-    alive = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            continue
-        if b"sandbox.judge()" in command:
-            alive.append(command)
-    assert alive == []
+    assert not left_behind()
 
 
 @pytest.mark.parametrize("apart", [True, False])
@@ -93,7 +107,8 @@ def test_cheats_leave_no_process_behind(verdicts):
             "",
         ),
         (
-            "from collections import Counter, namedtuple, OrderedDict\nP = namedtuple('P', 'a b')\ndef f(x): return [Counter(x), P(1, 2), OrderedDict(a=1)]",
+            "from collections import Counter, namedtuple, OrderedDict\nP = namedtuple('P', 'a b')\n"
+            "def f(x): return [Counter(x), P(1, 2), OrderedDict(a=1)]",
             ["assert f('aab') == [{'a': 2, 'b': 1}, (1, 2), {'a': 1}]"],
             "",
         ),
@@ -129,13 +144,15 @@ def test_cheats_leave_no_process_behind(verdicts):
         ),
         ("import re\ndef f(s): return re.match('a+', s)", ["assert f('aa')", "assert not f('b')"], ""),
         (
-            "import json, collections, heapq, itertools, functools, string, datetime, random, bisect\ndef f(x): return heapq.nsmallest(1, [x])",
+            "import json, collections, heapq, itertools, functools, string, datetime, random, bisect\n"
+            "def f(x): return heapq.nsmallest(1, [x])",
             ["assert f(1) == [1]"],
             "",
         ),
         ("def check(g): return g", ["def test(candidate):\n    assert candidate(2) == 2\ntest(check)"], ""),
         (
-            "import tempfile, os\ndef f(x):\n    with tempfile.TemporaryDirectory() as d:\n        open(d + '/a', 'w').write('hi')\n        return open(d + '/a').read()",
+            "import tempfile, os\ndef f(x):\n    with tempfile.TemporaryDirectory() as d:\n"
+            "        open(d + '/a', 'w').write('hi')\n        return open(d + '/a').read()",
             ["assert f(1) == 'hi'"],
             "",
         ),
@@ -199,11 +216,23 @@ def test_files_elsewhere_can_neither_be_written_nor_read(apart, tmp_path):
         "../../left-by-a-program",
         "/usr/left-by-a-program",
     ]
-    program = (
-        f"import os\ndef f():\n    done = []\n    for p in {places!r}:\n        try:\n            open(p, 'w').write('x')\n            done.append(p)\n"
-        f"        except OSError: pass\n    try: done.append(open({str(secret)!r}).read())\n    except OSError: pass\n"
-        f"    try:\n        os.rename({str(secret)!r}, 'x')\n        done.append('renamed')\n    except OSError: pass\n    return done"
-    )
+    program = dedent(f"""
+        import os
+        def f():
+            done = []
+            for p in {places!r}:
+                try:
+                    open(p, 'w').write('x')
+                    done.append(p)
+                except OSError: pass
+            try: done.append(open({str(secret)!r}).read())
+            except OSError: pass
+            try:
+                os.rename({str(secret)!r}, 'x')
+                done.append('renamed')
+            except OSError: pass
+            return done
+        """)
     done = sandbox.passes(program, ["assert [p for p in f() if not p.startswith('..')] == []"], "", apart)
     assert secret.read_text() == "kiwi" and not [p for p in places[:6] + places[8:] if os.path.exists(p)]
     assert done
@@ -212,14 +241,30 @@ def test_files_elsewhere_can_neither_be_written_nor_read(apart, tmp_path):
 
 @pytest.mark.parametrize("apart", [True, False])
 def test_processes_of_the_caller_are_out_of_reach(apart):
-    program = f"import os\ndef f():\n    done = []\n    for pid in ({os.getpid()}, {os.getppid()}):\n        try:\n            os.kill(pid, 0)\n            done.append(pid)\n        except OSError: pass\n    return done"
+    program = dedent(f"""
+        import os
+        def f():
+            done = []
+            for pid in ({os.getpid()}, {os.getppid()}):
+                try:
+                    os.kill(pid, 0)
+                    done.append(pid)
+                except OSError: pass
+            return done
+        """)
     assert sandbox.passes(program, ["assert f() == []"], "", apart)
 
 
 def test_there_is_no_network():
     server = __import__("socket").create_server(("127.0.0.1", 0))
     port = server.getsockname()[1]
-    program = f"import socket\ndef f():\n    try: socket.create_connection(('127.0.0.1', {port}), timeout=1)\n    except OSError: return 'none'\n    return 'some'"
+    program = dedent(f"""
+        import socket
+        def f():
+            try: socket.create_connection(('127.0.0.1', {port}), timeout=1)
+            except OSError: return 'none'
+            return 'some'
+        """)
     try:
         assert sandbox.passes(program, ["assert f() == 'none'"]) and sandbox.passes(
             program, ["assert f() == 'none'"], "", False
@@ -228,18 +273,20 @@ def test_there_is_no_network():
         server.close()
 
 
-def test_a_process_that_hides_in_a_session_of_its_own_ends_with_the_judgement():
-    marker = f"hidden-{os.getpid()}"
-    program = f"import os, sys, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        open('{marker}', 'w')\n        time.sleep(60)\ndef f(): return 1"
-    sandbox.passes(program, ["assert f() == 1"])
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_process_that_hides_in_a_session_of_its_own_ends_with_the_judgement(apart):
+    program = dedent("""
+        import os, time
         try:
-            assert (
-                marker not in Path(f"/proc/{pid}/environ").read_text(errors="ignore")
-                and b"sandbox.judge()" not in Path(f"/proc/{pid}/cmdline").read_bytes()
-            )
-        except OSError:
-            pass
+            if os.fork() == 0:
+                os.setsid()
+                if os.fork() == 0:
+                    time.sleep(60)
+        except OSError: pass
+        def f(): return 1
+        """)
+    sandbox.passes(program, ["assert f() == 1"], "", apart)
+    assert not left_behind()
 
 
 def test_programs_run_from_any_thread():
@@ -277,7 +324,7 @@ RIGHT, WRONG = "def f(x):\n    return 2 * x", "def f(x):\n    return 4"
             f"<reasoning>a</reasoning><answer>{FENCE}python\n{WRONG}\n{FENCE}</answer>\n{FENCE}python\n{RIGHT}\n{FENCE}",
             0,
         ),
-        (f"<reasoning>a</reasoning><answer>I would double x.</answer>", 0),
+        ("<reasoning>a</reasoning><answer>I would double x.</answer>", 0),
         (f"<reasoning>a</reasoning><answer>{FENCE}python\n{RIGHT}\n</answer>", 1),
     ],
 )

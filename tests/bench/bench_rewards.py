@@ -36,7 +36,8 @@ def gsm8k_items(n, seed=0):
     items = []
     for _ in range(n):
         a, b = noise.randint(2, 999), noise.randint(2, 99)
-        text = f"Each of the {b} boxes holds {a} pens. So there are {a} * {b} = {a * b} pens in all. Two of them break, which leaves {a * b} - 2 = {a * b - 2}."
+        text = (f"Each of the {b} boxes holds {a} pens. So there are {a} * {b} = {a * b} pens in all. Two of them break, "
+                f"which leaves {a * b} - 2 = {a * b - 2}.")
         answer = noise.choice([f"{a * b - 2}", f"${a * b - 2}", f"{a * b - 2:,} pens", f"{a * b}"])
         items.append(
             (
@@ -95,7 +96,8 @@ if __name__ == "__main__":
     for name, items in (("countdown", countdown_items(20_000)), ("gsm8k", gsm8k_items(20_000))):
         runs = [rate(items) for _ in range(3)]
         by_clock, by_processor, right = (sorted(column)[1] for column in zip(*runs))
-        print(f"{name:10} {by_clock:9,.0f} scores a second by the clock, {by_processor:9,.0f} a second of processor time, {right:.2f} right")
+        print(f"{name:10} {by_clock:9,.0f} scores a second by the clock, {by_processor:9,.0f} a second of processor time, "
+              f"{right:.2f} right")
     rate(math_items(8, seed=9))  # starts the workers
     for name, items in (("math", math_items(400)), ("code", code_items(100))):
         by_clock, _, right = rate(items)
