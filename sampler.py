@@ -99,7 +99,7 @@ def round_up(n, multiple):
 def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **others):
     """Attention of one new token. The query heads [rows, H, 1, D] that share a key head are rows of one product, so that keys
     and values [rows, H / g, columns, D] are read once; attention_mask [rows, 1, 1, columns] is added to the scores."""
-    if strange := {name for name, x in others.items() if x is not None} - {"position_ids", "use_cache", "is_causal"}:
+    if strange := {k for k, x in others.items() if not (x is None or x is False)} - {"position_ids", "use_cache", "is_causal"}:
         raise NotImplementedError(f"attention with {', '.join(strange)}")       # a window, capped scores, sinks ...
     rows, heads, _, size = query.shape
     query = query.reshape(rows, key.shape[1], -1, size)                         # [rows, H / g, g, D]
@@ -188,7 +188,7 @@ class Sampler:
 
     def start(self, n, T, G, logits, cache, mask, noise, temperature, eos_ids):
         """Sets the buffers for n rows, those there are if they are large enough: graphs hold their addresses. -> batch size"""
-        if any(type(x) is not DynamicLayer for x in getattr(cache, "layers", [None])):
+        if any(type(x) is not DynamicLayer or x.keys is None for x in getattr(cache, "layers", [None])):
             raise NotImplementedError("a cache of more than keys and values")
         rows, W, device = self.fit(n), mask.shape[1], mask.device
         prompt = [x.keys for x in cache.layers], [x.values for x in cache.layers]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import (Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, AutoModelForCausalLM, Qwen2Config, Qwen3Config)
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 import sampler
 
@@ -195,8 +195,9 @@ def test_captured_steps_give_the_plain_tokens_and_see_new_weights(kind, monkeypa
         for x, y in zip(tensors(fast), before):
             x.copy_(y)
 
-    for name, value in {"Stream": lambda: current, "current_stream": lambda: current, "stream": lambda stream: stream, "graph": capture,
-                        "CUDAGraph": Graph, "graph_pool_handle": object, "set_sync_debug_mode": lambda mode: None}.items():
+    for name, value in {"Stream": lambda: current, "current_stream": lambda: current, "stream": lambda stream: stream,
+                        "graph": capture, "CUDAGraph": Graph, "graph_pool_handle": object,
+                        "set_sync_debug_mode": lambda mode: None}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     fast = bucketed(lm, graphs=True)
     for seed in range(3):

@@ -33,7 +33,8 @@ p.add_argument("--group_size", type=int, help="completions a prompt; 8, tiny: 16
 p.add_argument("--prompt_length", type=int, help="tokens of a prompt, half to all of it for each; 150, tiny: 50")
 p.add_argument("--max_new_tokens", type=int, help="tokens of a completion at most; 512, tiny: 160")
 p.add_argument("--mean_length", type=float, help="of completions, were there no limit; 0: none ends; 0, tiny: 40")
-p.add_argument("--samplers", nargs="+", default=["Sampler", "plain", "transformers"], help="what is compared, the first with the others")
+p.add_argument("--samplers", nargs="+", default=["Sampler", "plain", "transformers"],
+               help="what is compared, the first with the others")
 p.add_argument("--threads", type=int, default=2, help="of the CPU")
 a = p.parse_args()
 tiny = a.shape == "tiny"
@@ -66,7 +67,8 @@ def made():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     lengths = torch.linspace(a.prompt_length / 2, a.prompt_length, a.prompts).long().tolist()
     prompts = [torch.randint(vocabulary, (n,)).tolist() for n in lengths]
-    return model.eval(), prompts, torch.randperm(vocabulary)[:round(vocabulary / a.mean_length)].tolist() if a.mean_length else []
+    ends = torch.randperm(vocabulary)[:round(vocabulary / a.mean_length)].tolist() if a.mean_length else []
+    return model.eval(), prompts, ends
 
 
 def loaded():
