@@ -198,7 +198,8 @@ def completion_logps(lm, ids, prompt_lengths, mask, temperature=1.0, *, extra="e
     whole = len(targets) <= size or not torch.is_grad_enabled()
     pieces = [head(h, t) if whole else checkpoint(head, h, t, use_reentrant=False)
               for h, t in zip(hidden.split(size), targets.split(size))]
-    return tuple(torch.zeros_like(mask).masked_scatter(on, torch.cat(x)) for x in zip(*pieces))
+    blank = torch.zeros_like(mask, dtype=torch.float32)         # fsdp casts the mask to bf16
+    return tuple(blank.masked_scatter(on, torch.cat(x)) for x in zip(*pieces))
 
 
 # ------------------------------------------------------------------------------------------- the optimiser
