@@ -223,14 +223,17 @@ def train(args, argv):
     args.micro_batch_size = min(gather(args.micro_batch_size))
 
     # 2. the model
-    def load(device):
+    def load(device, dtype):
         lm = tiny_model(tok, args.seed).to(device, dtype) if args.model == "tiny" else \
             load_lm(args.model, device, dtype, trust_remote_code=args.trust_remote_code)
         return set_end(lm, tok, end)
 
-    model = tiny_model(tok, args.seed).to(device, dtype) if args.model == "tiny" else load_policy(args, device, dtype)
+    if args.model == "tiny":
+        model = load(device, torch.float32 if args.fsdp else dtype)
+    else:
+        model = load_policy(args, device, dtype)
     set_end(base_lm(model), tok, end)
-    plain = load(torch.device("cpu")) if args.fsdp and RANK == 0 else None if args.fsdp else model
+    plain = load(torch.device("cpu"), dtype) if args.fsdp and RANK == 0 else None if args.fsdp else model
     logps, optimizer = prepare(model, args, dtype), Optimizer(model, args)
     done, bad, saved, stop = 0, 0, -1, Stop()
     if folder:
@@ -286,12 +289,12 @@ def train(args, argv):
                     shown = now
                     note(line)
                 if bad == BAD_STEPS:
-                    text = "\n\n".join(tok.decode(row["ids"]) for row in rows_of_step(rows, done, args.batch_size, args.seed))
+                    file, batch = Path(args.output_dir) / "bad_rows.txt", rows_of_step(rows, done, args.batch_size, args.seed)
                     if RANK == 0:
-                        (Path(args.output_dir) / "bad_rows.txt").write_text(text)
+                        file.write_text("\n\n".join(tok.decode(row["ids"]) for row in batch))
                     gather(0)
-                    fail(f"{bad} updates in a row were not finite; the last one's rows are in {args.output_dir}/bad_rows.txt. --resume goes "
-                         "on before them; where it happens again, start anew with a lower --lr or --dtype float32")
+                    fail(f"{bad} updates in a row were not finite; the last one's rows are in {file}. --resume goes on before them; "
+                         "where it happens again, start anew with a lower --lr or --dtype float32")
                 if done == steps or args.save_every and done % args.save_every == 0:
                     saved = save()
         except KeyboardInterrupt as stopped:
@@ -306,7 +309,7 @@ def train(args, argv):
         tmp = Path(args.output_dir) / "tmp-final"
         save_model(tmp)
         if args.merge:
-            merged = load(device)
+            merged = load(device, dtype)
             refresh(merged, model)
             merged.save_pretrained(tmp / "merged")
             tok.save_pretrained(tmp / "merged")
@@ -327,10 +330,10 @@ def train_step(rows, logps, optimizer, device, args, step, steps, stop):
     factor = learning_rate(step, steps, args.warmup, args.lr_schedule)
     norm = optimizer.step(factor, skip=not math.isfinite(loss))                                                       # 5
     seconds, tokens = time.perf_counter() - start, sum(len(row["ids"]) for row in batch)
-    gpu = device.type == "cuda"
-    return {"step": step, "loss": loss / n_tokens, "token_accuracy": right / n_tokens, "lr": args.lr * factor, "grad_norm": norm,  # 6
-            "skipped": int(not math.isfinite(norm + loss)), "tokens": tokens, "tokens_per_s": tokens / seconds, "step_seconds": seconds,
-            "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return {"step": step, "loss": loss / n_tokens, "token_accuracy": right / n_tokens, "lr": args.lr * factor,        # 6
+            "grad_norm": norm, "skipped": int(not math.isfinite(norm + loss)), "tokens": tokens, "tokens_per_s": tokens / seconds,
+            "step_seconds": seconds, "peak_memory_gb": peak}
 
 
 def main(argv=None):

@@ -487,6 +487,19 @@ def test_two_processes_learn_what_one_learns_and_their_checkpoint_goes_on_in_one
     assert far(tmp_path / "one", tmp_path / "two") < 1e-5
 
 
+def test_a_sharded_tiny_model_keeps_fp32_masters_though_it_computes_in_bf16(toy, tmp_path):
+    argv = lambda out, *more: ["--model", "tiny", *flags(toy, tmp_path / out, "--dtype", "bfloat16", "--lr", "5e-7", *more, steps=2)[2:]]
+    assert together(2, argv("two", "--fsdp")) == [0, 0]
+    sft.main(argv("one"))
+    one, two = (torch.load(tmp_path / f"{x}/checkpoint-2/trainer.pt")["weights"] for x in ("one", "two"))
+    start = sft.tiny_model(tiny_tokenizer(), 0).state_dict()
+    for key in one:
+        for w in (two[key], one[key]):
+            assert w.dtype == torch.float32 and (w != w.bfloat16().float()).float().mean() > 0.5
+        assert 1e-8 < (two[key] - start[key]).abs().max() < 2e-6
+    assert weights(tmp_path / "two")["model.norm.weight"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("who", [0, 1])
 def test_two_processes_stop_together_after_a_micro_batch_when_one_is_told_to(toy, tmp_path, who, capfd):
     argv = lambda out, *more: flags(toy, tmp_path / out, "--micro_batch_size", 1, "--save_every", 0, *more)
