@@ -410,6 +410,8 @@ def run(args, file, harness):
         write_files(args, rows, records, summary + others, rates)                                                  # 5
         subprocess.call([*REPORT, "--table", args.output])
     gather(0)                                                                     # before any process removes its so_far
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()                                 # or one may abort when another has left
     return failed
 
 
