@@ -23,13 +23,13 @@ def uniforms(seed, step, rows, n):
 
 def pick(logits, temperature, u):
     """logits [n, V], u [n] uniform or None (greedy) -> ids [n] and their log-probabilities [n] at `temperature`."""
-    probs = (logits.float() / temperature).softmax(-1)
+    logps = (logits.float() / temperature).log_softmax(-1)
     if u is None:
-        ids = logits.argmax(-1)
+        ids = logps.argmax(-1)
     else:                                                       # inverse CDF: the first id whose cumulated mass exceeds u
-        mass = probs.cumsum(-1)
+        mass = logps.exp().cumsum(-1)
         ids = torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-    return ids, probs.gather(1, ids[:, None]).squeeze(1).log()
+    return ids, logps.gather(1, ids[:, None]).squeeze(1)
 
 
 def prefill(model, prompts, pad_id):

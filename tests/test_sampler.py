@@ -280,6 +280,24 @@ def test_a_completion_depends_on_its_own_noise_alone():
         assert sampler.generate(lm, PROMPTS[i:i + 1], u[4 * i:4 * i + 4], **keywords())[0] == together[4 * i:4 * i + 4]
 
 
+def test_no_id_of_probability_zero_is_picked():
+    torch.manual_seed(0)
+    logits = torch.randn(500, 50)
+    logits[:, ::7] = logits[:, -5:] = -torch.inf
+    for u in (0.0, 0.5, 1 - 2 ** -24):                          # the last is the largest that `uniforms` gives
+        ids, logps = sampler.pick(logits, 1.0, torch.full((500,), u))
+        assert logps.isfinite().all() and logits.gather(1, ids[:, None]).isfinite().all()
+
+
+def test_ids_come_as_often_as_their_probability_says():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 20)
+    ids, logps = sampler.pick(logits.expand(40000, -1), 0.7, torch.arange(40000) / 40000)
+    expected = (logits[0] / 0.7).softmax(-1)
+    torch.testing.assert_close(torch.bincount(ids, minlength=20) / 40000, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logps, expected.log()[ids])
+
+
 def test_noise_is_a_function_of_seed_step_and_row():
     a, b = sampler.uniforms(1, 2, [3, 4, 5], 8), sampler.uniforms(1, 2, [5, 3], 8)
     assert torch.equal(a[0], b[1]) and torch.equal(a[2], b[0]) and 0 <= a.min() and a.max() < 1
