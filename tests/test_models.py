@@ -11,8 +11,9 @@ import toys
 
 
 def args(**changes):
-    return SimpleNamespace(**dict(optim="adamw", lr=1e-3, muon_lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1, max_grad_norm=1.0, fsdp=False,
-                                  activation_checkpointing=False, lora_rank=0, lora_alpha=8, load_in_4bit=False, seed=0, trust_remote_code=False) | changes)
+    return SimpleNamespace(**dict(optim="adamw", lr=1e-3, muon_lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1, max_grad_norm=1.0,
+                                  fsdp=False, activation_checkpointing=False, lora_rank=0, lora_alpha=8, load_in_4bit=False, seed=0,
+                                  trust_remote_code=False) | changes)
 
 
 # ---------------------------------------------------------------- 32 bits in two halves

@@ -35,7 +35,8 @@ def line(capfd, call, *args, code=2):
 
 
 def namespace(out, **flags):
-    return argparse.Namespace(**dict(output_dir=str(out), resume=False, overwrite=False, fsdp=False, micro_batch_size=8, lr=0.5, log_to=None) | flags)
+    return argparse.Namespace(**dict(output_dir=str(out), resume=False, overwrite=False, fsdp=False, micro_batch_size=8, lr=0.5,
+                                     log_to=None) | flags)
 
 
 FREE = {"output_dir", "resume", "overwrite", "micro_batch_size"}
@@ -160,7 +161,8 @@ def test_a_run_killed_before_any_of_a_saves_file_operations_finds_a_whole_checkp
             if len(calls) == argv[0]:
                 os._exit(9)
             return real(*args, **kwargs)
-        for module, names in (os, ("fsync", "open", "mkdir", "rename", "rmdir", "unlink")), (pathlib.Path, ("write_text", "mkdir", "rename")):
+        of_paths = "write_text", "mkdir", "rename"
+        for module, names in (os, ("fsync", "open", "mkdir", "rename", "rmdir", "unlink")), (pathlib.Path, of_paths):
             for name in names:
                 real = getattr(module, name)
                 setattr(module, name, partial(killing, real) if module is os else
@@ -290,8 +292,10 @@ def test_a_state_that_is_none_or_could_run_code_gets_one_line(tmp_path, capfd, s
 
 
 @pytest.mark.parametrize("error, words, code", [
-    (rewards.DataError("file.jsonl, line 2: no"), "file.jsonl, line 2", 2), (torch.OutOfMemoryError("CUDA"), "--activation_checkpointing", 2),
-    (OSError(28, "No space left on device"), "No space left on device\n", 2), (KeyboardInterrupt(), "stopped before the first step", 130)])
+    (rewards.DataError("file.jsonl, line 2: no"), "file.jsonl, line 2", 2),
+    (torch.OutOfMemoryError("CUDA"), "--activation_checkpointing", 2),
+    (OSError(28, "No space left on device"), "No space left on device\n", 2),
+    (KeyboardInterrupt(), "stopped before the first step", 130)])
 def test_what_can_happen_to_a_run_ends_it_with_one_line(tmp_path, capfd, error, words, code):
     def fall():
         with runs.one_line(namespace(tmp_path)):
