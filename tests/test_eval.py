@@ -392,7 +392,8 @@ def test_an_adapter_folder_is_base_and_adapter_merged(adapter):
 
 
 def evaluate_countdown(folder, out, *flags, model="a"):
-    ev.main(["--model", str(folder / model), "--data", f"countdown={folder}/countdown", "--max_new_tokens", "4", "--output", str(out), *flags])
+    ev.main(["--model", str(folder / model), "--data", f"countdown={folder}/countdown", "--max_new_tokens", "4",
+             "--output", str(out), *flags])
 
 
 def interrupted_after(calls, how):
@@ -530,12 +531,14 @@ def test_wrong_input_gets_one_line_and_exit_code_2_before_any_model_loads(folder
              ({"--data": [f"gsm8k={folder}/countdown"]}, "question"),
              ({"--output": [str(tmp_path / "file" / "e.json")]}, "--output"), ({"--output": ["e.txt"]}, ".json"),
              ({"--style": ["rhyme"]}, "rhyme"), ({"--shots": ["8"]}, "TASK"), ({"--shots": [f"gsm8k={folder}/gsm8k.jsonl"]}, ":N"),
-             ({"--shots": [f"gsm8k={folder}/gsm8k.jsonl:1"]}, "no problems of the task gsm8k"), ({"--output": [str(tmp_path / "d.json")]}, "d.json"), ({"--chat_template": ["none.jinja"]}, "none.jinja"),
+             ({"--shots": [f"gsm8k={folder}/gsm8k.jsonl:1"]}, "no problems of the task gsm8k"),
+             ({"--output": [str(tmp_path / "d.json")]}, "d.json"), ({"--chat_template": ["none.jinja"]}, "none.jinja"),
              ({"--chat_template": [str(tmp_path / "refusing.jinja")]}, "no system turn"),
              ({"--shots": [f"countdown={tmp_path}/unsolved.jsonl:1"]}, "solution"), ({"--model": [str(folder / "a")] * 2}, "twice"),
              ({"--model": [str(tmp_path / "adapter")]}, "adapter"), ({"--forbid_after": ["a"]}, "--forbid_after"),
              ({"--forbid_after": ["ab", "c"]}, "[2, 1] tokens"), ({"--speed": ["1"]}, "--speed"),
-             ({"--seed": [str(2 ** 64)]}, "--seed"), ({"--results": ["e.json"]}, "--report"), ({"--temperature": ["inf"]}, "--temperature inf"),
+             ({"--seed": [str(2 ** 64)]}, "--seed"), ({"--results": ["e.json"]}, "--report"),
+             ({"--temperature": ["inf"]}, "--temperature inf"),
              ({"--curves": ["runs/x"]}, "evaluate nothing"), ({"--sampler": ["fast"]}, "fast"), ({"@gone.txt": [""]}, "gone.txt")]
     for change, said in cases:
         argv = [a for flag, values in {**good, **change}.items() if values for a in (flag, *values)]

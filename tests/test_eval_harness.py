@@ -83,7 +83,8 @@ def test_its_rows_stand_below_ours_and_where_it_fails_ours_stay(tmp_path, monkey
     asked = []
 
     def evaluate(lm, tasks, limit, **_):
-        asked.append((lm["pretrained"].config.model_type, lm["tokenizer"].eos_token, [json.load(open(task))["num_fewshot"] for task in tasks]))
+        shots = [json.load(open(task))["num_fewshot"] for task in tasks]
+        asked.append((lm["pretrained"].config.model_type, lm["tokenizer"].eos_token, shots))
         if len(asked) == 2:
             raise ConnectionError("the hub is\nnot there")
         return {"results": {"gsm8k": {"alias": "gsm8k", "exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.1,
