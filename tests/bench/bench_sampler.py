@@ -30,7 +30,7 @@ p.add_argument("--model", help="checkpoint folder in its place; its prompts are 
 p.add_argument("--rounds", type=int, default=5, help="of each, after one that is not counted")
 p.add_argument("--prompts", type=int, help="in the batch; 32, tiny: 16")
 p.add_argument("--group_size", type=int, help="completions a prompt; 8, tiny: 16")
-p.add_argument("--prompt_length", type=int, help="tokens of a prompt, half to all of it for each; 150, tiny: 50")
+p.add_argument("--prompt_length", type=int, help="tokens of a prompt, half to all of it for each; 150, tiny: 12")
 p.add_argument("--max_new_tokens", type=int, help="tokens of a completion at most; 512, tiny: 160")
 p.add_argument("--mean_length", type=float, help="of completions, were there no limit; 0: none ends; 0, tiny: 40")
 p.add_argument("--samplers", nargs="+", default=["Sampler", "plain", "transformers"],
@@ -38,7 +38,7 @@ p.add_argument("--samplers", nargs="+", default=["Sampler", "plain", "transforme
 p.add_argument("--threads", type=int, default=2, help="of the CPU")
 a = p.parse_args()
 tiny = a.shape == "tiny"
-for flag, small, large in (("prompts", 16, 32), ("group_size", 16, 8), ("prompt_length", 50, 150),
+for flag, small, large in (("prompts", 16, 32), ("group_size", 16, 8), ("prompt_length", 12, 150),
                            ("max_new_tokens", 160, 512), ("mean_length", 40, 0)):
     if getattr(a, flag) is None:
         setattr(a, flag, small if tiny else large)
