@@ -7,12 +7,15 @@ decoders with plain attention: every step has the shapes of the one before, so t
 import bisect
 import contextlib
 import math
+import os
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicLayer
+
+SHARED = 64                         # tokens that all prompts must begin with, to be worth a pass of their own
 
 
 def uniforms(seed, step, rows, n):
@@ -33,14 +36,23 @@ def pick(logits, temperature, u):
 
 
 def prefill(model, prompts, pad_id):
-    """-> logits [P, V] of the first token, the cache, and the mask [P, W] of the prompts, which are padded on the left."""
+    """-> logits [P, V] of the first token, the cache, and the mask [P, W] of its columns: a beginning that all prompts share
+    (instructions, worked examples) is read once, the rest of each is padded on the left."""
     assert not model.training, "sampling in training mode with activation checkpointing drops the cache without a word"
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)  # by length, not by id
-    padded = min(map(len, prompts)) < width
-    out = model(input_ids=ids, attention_mask=mask if padded else None, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                use_cache=True, logits_to_keep=1)
+    device, cache = model.device, None
+    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+    if len(prompts) > 1 and shared >= SHARED:
+        cache = model(input_ids=torch.tensor([prompts[0][:shared]], device=device), use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(prompts))
+    if any(type(layer) is not DynamicLayer for layer in getattr(cache, "layers", [None])):      # none, or one with a window
+        shared, cache = 0, None
+    rest = [prompt[shared:] for prompt in prompts]
+    width = max(map(len, rest))
+    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in rest], device=device)
+    mask = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * len(p) for p in rest], device=device)  # by length, not by id
+    padded = min(map(len, rest)) < width
+    out = model(input_ids=ids, attention_mask=mask if padded else None, past_key_values=cache, use_cache=True, logits_to_keep=1,
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, shared:])
     return out.logits[:, -1], out.past_key_values, mask
 
 

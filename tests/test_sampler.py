@@ -64,6 +64,19 @@ def test_fast_tokens_are_the_plain_ones(kind, make):
     assert fast.why_plain is None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shared_beginning_is_read_once_and_changes_nothing(kind, monkeypatch):
+    lm, begin, read = model(KINDS[kind][0], **KINDS[kind][1]), [7] * 5 + [3, 9, 4], []
+    prompts = [begin + p for p in PROMPTS]
+    plain = sampler.generate(lm, prompts, noise(), **keywords())
+    monkeypatch.setattr(sampler, "SHARED", 8)
+    lm.get_input_embeddings().register_forward_hook(lambda m, ids, out: read.append(tuple(ids[0].shape)))
+    assert_same(sampler.generate(lm, prompts, noise(), **keywords()), plain)
+    assert read[:2] == [(1, 8), (4, 11)]
+    assert_same(sampler.Sampler(lm)(prompts, noise(), **keywords()), plain)
+    assert_same(sampler.Sampler(lm)([begin] * 4, noise(), **keywords()), sampler.generate(lm, [begin] * 4, noise(), **keywords()))
+
+
 def test_log_probs_are_those_of_a_full_forward():
     lm = model(Qwen2Config)
     ids, logps = bucketed(lm)(PROMPTS, noise(), **keywords())
