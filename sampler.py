@@ -121,20 +121,6 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
 AttentionInterface.register("one_query", attend)
 
 
-@torch.no_grad()
-def fused_norms(model):
-    """[(module, eps)] of the norms whose seven kernels torch has in one that gives the same"""
-    found = []
-    for m in model.modules():
-        eps, weight = getattr(m, "variance_epsilon", getattr(m, "eps", None)), getattr(m, "weight", None)
-        if type(m).__name__.endswith("RMSNorm") and eps and weight is not None and weight.dtype == model.dtype:
-            x = torch.linspace(-3, 3, 3 * len(weight), device=weight.device).view(3, -1).to(weight)
-            x = x * x.new_tensor([[1e-3], [1], [10]])
-            if torch.allclose(m(x), F.rms_norm(x, weight.shape, weight, eps), rtol=4 * torch.finfo(x.dtype).eps):
-                found.append((m, eps))
-    return found
-
-
 class Sampler:
     """sampler(...) gives what generate(model, ...) gives, faster. All rows start together, their prompts end in the same
     column, and so step t writes the same column of every row's keys and values: a step is the same operations on the same
@@ -146,7 +132,7 @@ class Sampler:
     and models that have more than plain attention, get `generate`; `why_plain` then says what it is about the model."""
 
     def __init__(self, model, graphs=None):
-        self.model, self.norms, self.probed, self.why_plain = model, fused_norms(model), False, None
+        self.model, self.probed, self.why_plain = model, False, None
         self.weights = sum(x.numel() for x in model.parameters())
         self.graphs = model.device.type == "cuda" if graphs is None else graphs
         self.batches, self.multiple, self.look = (BATCHES, COLUMNS, LOOK) if self.graphs else (range(1 << 20), 1, 4)
@@ -237,18 +223,14 @@ class Sampler:
 
     @contextlib.contextmanager
     def fast(self):
-        """Within it the model attends by `attend` and its norms are one kernel; after it, it is as it was."""
+        """Within it the model attends by `attend`; after it, it is as it was."""
         config, threads = self.model.config, torch.get_num_threads()
         usual, config._attn_implementation = config._attn_implementation, "one_query"
-        for m, eps in self.norms:
-            m.forward = lambda x, m=m, eps=eps: F.rms_norm(x, m.weight.shape, m.weight, eps)
         try:
             yield
         finally:
             config._attn_implementation = usual
             torch.set_num_threads(threads)
-            for m, _ in self.norms:
-                del m.forward
 
     def update(self, key, value, layer, *_, **__):
         """What the model calls its cache for: [rows, H / g, 1, D] of the new token -> those of all columns in use."""

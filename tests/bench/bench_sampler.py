@@ -16,16 +16,10 @@ bandwidth measured here; each token costs 2 FLOPs a parameter and those of its a
 import argparse
 import os
 import statistics
-import sys
 import time
-from pathlib import Path
-
-#                      hidden, MLP, layers, heads, KV heads, vocabulary, tied
-SHAPES = {"tiny": (128, 256, 3, 4, 4, 361, True), "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True),
-          "qwen2.5-3b": (2048, 11008, 36, 16, 2, 151936, True), "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, False)}
 
 p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-p.add_argument("--shape", choices=SHAPES, default="tiny", help="of the model that is made")
+p.add_argument("--shape", default="tiny", help="of the model that is made; see shapes.py")
 p.add_argument("--model", help="checkpoint folder in its place; its prompts are Countdown problems")
 p.add_argument("--rounds", type=int, default=5, help="of each, after one that is not counted")
 p.add_argument("--prompts", type=int, help="in the batch; 32, tiny: 16")
@@ -45,10 +39,11 @@ for flag, small, large in (("prompts", 16, 32), ("group_size", 16, 8), ("prompt_
 os.environ |= {"OMP_NUM_THREADS": str(a.threads)}
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")                   # threads that spin stall a shared machine
 
+import shapes  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+import models  # noqa: E402
 import sampler  # noqa: E402
 
 torch.set_num_threads(a.threads)
@@ -58,24 +53,18 @@ dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def made():
-    hidden, mlp, layers, heads, kv_heads, vocabulary, tied = SHAPES[a.shape]
-    kind = transformers.Qwen2Config if "qwen" in a.shape else transformers.LlamaConfig
-    config = kind(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
-                  num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=32768,
-                  initializer_range=0.08 if tiny else 0.02, bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    with device:
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model, vocabulary = shapes.make(a.shape, device, dtype), shapes.SHAPES[a.shape][5]
     lengths = torch.linspace(a.prompt_length / 2, a.prompt_length, a.prompts).long().tolist()
     prompts = [torch.randint(vocabulary, (n,)).tolist() for n in lengths]
     ends = torch.randperm(vocabulary)[:round(vocabulary / a.mean_length)].tolist() if a.mean_length else []
-    return model.eval(), prompts, ends
+    return model, prompts, ends
 
 
 def loaded():
     import random
 
     import rewards
-    model = transformers.AutoModelForCausalLM.from_pretrained(a.model, dtype=dtype).to(device).eval()
+    model = models.load_lm(a.model, device, dtype)
     tokenizer, rng = transformers.AutoTokenizer.from_pretrained(a.model), random.Random(0)
     rows = [{"nums": [rng.randint(1, 12) for _ in range(3)], "target": rng.randint(1, 40)} for _ in range(a.prompts)]
     prompts = [tokenizer.apply_chat_template(rewards.messages("countdown", row, "reasoning"), tokenize=True,
@@ -105,26 +94,6 @@ def theirs(seed):
     return torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1]).tolist()
 
 
-def seconds(run):
-    """Median of 5, after one"""
-    took = []
-    for _ in range(6):
-        device.type == "cuda" and torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        device.type == "cuda" and torch.cuda.synchronize()
-        took.append(time.perf_counter() - start)
-    return statistics.median(took[1:])
-
-
-def measured():
-    """-> bytes/s of a copy, read and written, and FLOP/s of a square matrix product"""
-    gpu = device.type == "cuda"
-    source, n = torch.zeros((2 ** 32 if gpu else 2 ** 28) // dtype.itemsize, dtype=dtype, device=device), 8192 if gpu else 1024
-    target, (left, right) = torch.empty_like(source), torch.randn(2, n, n, dtype=dtype, device=device)
-    return 2 * source.nbytes / seconds(lambda: target.copy_(source)), 2 * n ** 3 / seconds(lambda: left @ right)
-
-
 def limit(lengths):
     """Seconds that completions of these lengths take at the least"""
     config = model.config.get_text_config()
@@ -139,10 +108,8 @@ def limit(lengths):
     return max((max(lengths) * size + cached) * dtype.itemsize / bandwidth, flops / rate)
 
 
-bandwidth, rate = measured()
-where = torch.cuda.get_device_name() if device.type == "cuda" else f"{a.threads} threads"
-print(f"{where}, torch {torch.__version__}, transformers {transformers.__version__}: copies {bandwidth / 1e9:,.0f} GB/s, "
-      f"multiplies {rate / 1e12:,.2f} TFLOP/s")
+bandwidth, rate = shapes.peaks(device, dtype)
+print(shapes.machine(device, bandwidth, rate))
 print(f"{a.model or a.shape}: {sum(x.numel() for x in model.parameters()) / 1e6:,.1f} M parameters, {str(dtype)[6:]}; {a.prompts} "
       f"prompts of at most {width} x {a.group_size}, at most {a.max_new_tokens} tokens; {a.rounds} alternating rounds", flush=True)
 

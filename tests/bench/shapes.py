@@ -8,6 +8,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+import models  # noqa: E402
 
 #                      hidden, MLP, layers, heads, KV heads, vocabulary, tied
 SHAPES = {"tiny": (128, 256, 3, 4, 4, 361, True), "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True),
@@ -25,7 +26,7 @@ def make(shape, device, dtype):
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval()
+    return models.fuse_norms(model.eval())
 
 
 def save(shape, folder, device, dtype):
