@@ -165,7 +165,9 @@ def start_processes(dtype="float32"):
             fail(f"torchrun started more processes than there are GPUs: --nproc_per_node {torch.cuda.device_count()}")
         torch.cuda.set_device(local)
     if WORLD > 1:                                               # hours, as all may wait for one that samples, saves or scores
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(hours=12)))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)      # torchrun keeps one for all starts
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=store.timeout)
     dtype = {"auto": "bfloat16" if cuda else "float32"}.get(dtype, dtype)
     return torch.device("cuda", local) if cuda else torch.device("cpu"), getattr(torch, dtype)
 
@@ -339,8 +341,7 @@ def open_folder(args, folder):
 
 
 def read_state(folder, *others):
-    """What torch.save wrote into a checkpoint: tensors and plain values alone, so that no code comes with it. It is to hold
-    `others` besides what models.Optimizer.state gives."""
+    """Tensors and plain values that a checkpoint holds, with no code: `others` and what models.Optimizer.state gives."""
     try:
         state = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu")
         return state if {"weights", "moments", *others} <= state.keys() else fail(f"{folder}/trainer.pt does not hold the state of a run")
