@@ -32,6 +32,7 @@ import types
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -76,8 +77,7 @@ def parse_args(argv=None):
     add("--curriculum_floor", type=float, default=0.1, help="how often a prompt that is always or never solved comes, against "
         "one that is solved half the time; 1: all alike")
     add("--sample_batch_size", type=int, default=512, help="completions sampled at once: memory only")
-    add("--sampler", choices=["auto", "plain"], default="auto",
-        help="auto: steps of fixed shape, on a GPU in captured graphs; plain: the simple loop")
+    add("--sampler", choices=["auto", "plain"], default="auto", help="auto: fast, on a GPU by CUDA graphs; plain: a simple loop")
     add = p.group("loss")
     add("--loss", choices=["grpo", "dr_grpo", "dapo", "cispo", "gspo"], default="dapo", help="see policy_loss")
     add("--scale", choices=["group", "batch", "none"], default="group", help="the std that divides an advantage")
@@ -215,7 +215,7 @@ def chunks(rollouts, size):
 
 
 def dead(group):
-    """A group whose rewards are all equal: its advantages, and so its gradient, are 0."""
+    """Are a group's rewards all equal? Then its advantages are 0: there is nothing to learn from it."""
     return len({r.parts["reward"] for r in group}) == 1
 
 
@@ -225,12 +225,10 @@ def rollout(run, data, indices, step, temperature, first_row=0):
     from here on every one of them computes the same. If one is to stop, all do."""
     try:
         share = rollout_share(run, data, indices, step, temperature, first_row)
-    except KeyboardInterrupt as stop:
-        share = stop
+    except KeyboardInterrupt:
+        share = None
     shares = gather(share)
-    for share in shares:
-        if isinstance(share, KeyboardInterrupt):
-            raise share
+    run.stop.check(everywhere=True)
     return [r for place in range(len(indices)) for r in shares[place % WORLD][place // WORLD]]
 
 
@@ -267,8 +265,8 @@ def rollout_share(run, data, indices, step, temperature, first_row):
 
 
 def collect(run, step, temperature):
-    """One step's rollouts: -> (those to train on, the first draw, all drawn). Dead groups are not trained on, unless there
-    is nothing else; metrics describe the first draw, which nothing has selected."""
+    """One step's rollouts -> those to train on, the first draw, all drawn. Dead groups are not trained on, unless there is
+    nothing else; metrics describe the first draw, which nothing has selected."""
     args, G = run.args, run.args.group_size
     trained, first, drawn = [], [], []
     for _ in range(1 + args.max_resample):
@@ -288,13 +286,10 @@ def collect(run, step, temperature):
 
 # ------------------------------------------------------------------------------------------- the policy
 def build(args, tokenizer, eos_ids, data, eval_data, device, dtype):
-    """All that a run is made of. model: the policy, a transformers model or a peft model around one; logps: completion_logps
-    of it; sampler: the same as one whole plain model, which `generate` samples from; reference: where the policy started,
-    frozen, or None where that is the policy with its adapter off; data: rows with "prompt_ids"; bad: steps in a row whose
-    gradient was not finite; recent: metrics of the last 20 steps."""
-    def load():
-        return load_lm(args.model, device, dtype, trust_remote_code=args.trust_remote_code)
-
+    """All that a run is made of. model: the policy, a transformers or a peft model; logps: completion_logps of it; sampler: the
+    same as one whole plain model; reference: where the policy started, frozen, or None where that is the policy with its adapter
+    off; data: rows with "prompt_ids"; bad: steps in a row with a gradient that is not finite; recent: metrics of the last 20."""
+    load = partial(load_lm, args.model, device, dtype, trust_remote_code=args.trust_remote_code)
     model = load_policy(args, device, dtype)
     sampler = load() if args.lora_rank or args.fsdp else model
     reference = load().requires_grad_(False) if args.beta and not args.lora_rank else None
@@ -347,8 +342,13 @@ def evened(batches, spare):
     return batches + [spare | {"mask": torch.zeros_like(spare["mask"])} for _ in range(missing)]
 
 
-def halved(batches, spare):
-    """The same rows in micro-batches of half the size, together with what earlier passes have left in them."""
+def halved(run, batches, spare):
+    """The same rows in micro-batches of half the size, with what passes have left in them, as memory was too little."""
+    if run.args.sampler == "auto":
+        run.generate.release()
+    torch.cuda.empty_cache()
+    run.args.micro_batch_size = -(-run.args.micro_batch_size // 2)
+    note(f"out of GPU memory: --micro_batch_size {run.args.micro_batch_size} from here on; the update is the same")
     halves = [dict(zip(b, half)) for b in batches for half in zip(*(x.tensor_split(2) for x in b.values()))]
     return evened([half for half in halves if len(half["ids"])], spare)
 
@@ -366,8 +366,8 @@ def add_reference(run, batches, temperature, stop):
 
 
 def backward(run, batches, temperature, num_tokens, num_seqs, stop=None):
-    """Adds up the gradient of a whole step, batch by batch. -> this process's share of the loss and its parts. The first pass
-    leaves the policy's own log-probabilities in each batch as "old"; they stay for the step."""
+    """Adds up the gradient of this process's batches -> their share of the loss and of its parts. The first pass leaves the
+    policy's own log-probabilities in each batch as "old"; they stay for the step."""
     args, sums = run.args, {}
 
     def one(b):
@@ -408,11 +408,7 @@ def update(run, trained, temperature, factor):
                 if args.fsdp or largest(max(len(b["ids"]) for b in batches)) == 1:
                     raise
             if share is None:                                   # outside of the except, which holds on to the memory
-                if args.sampler == "auto":
-                    run.generate.release()
-                torch.cuda.empty_cache()
-                batches, args.micro_batch_size = halved(batches, spare), -(-args.micro_batch_size // 2)
-                note(f"out of GPU memory: --micro_batch_size {args.micro_batch_size} from here on; the update is the same")
+                batches = halved(run, batches, spare)
         shares = gather(share)
         totals = {name: sum(share[name] for share in shares) for name in share}
         if not args.fsdp:
@@ -436,7 +432,8 @@ def save(run, step):
     """OUTPUT_DIR/checkpoint-<step>: a model folder, and all else that a run is. -> step"""
     state = run.optimizer.state() | {"curriculum": vars(run.curriculum), "bad": run.bad, "recent": run.recent}
     if RANK == 0:
-        save_checkpoint(run.args.output_dir, step, run.args.keep, lambda to: (save_model(run, to), torch.save(state, to / "trainer.pt")))
+        save_checkpoint(run.args.output_dir, step, run.args.keep,
+                        lambda folder: (save_model(run, folder), torch.save(state, folder / "trainer.pt")))
     return step
 
 
@@ -471,38 +468,35 @@ def read_rows(args, tokenizer, context, sources, split):
 
 def means(rollouts, data):
     """Means over rollouts: every reward part, those of each task where there are several, lengths."""
-    out = {name: sum(r.parts[name] for r in rollouts) / len(rollouts) for name in rollouts[0].parts}
+    out = {name: fmean(r.parts[name] for r in rollouts) for name in rollouts[0].parts}
     tasks = sorted({data[r.index]["task"] for r in rollouts})
     for task in tasks if len(tasks) > 1 else []:
         of_task = [r for r in rollouts if data[r.index]["task"] == task]
-        out |= {f"{name}/{task}": sum(r.parts[name] for r in of_task) / len(of_task) for name in ("reward", "correct", "format")}
-    return out | {"completion_length": sum(len(r.completion) for r in rollouts) / len(rollouts),
-                  "truncated": sum(not r.ended for r in rollouts) / len(rollouts)}
+        out |= {f"{name}/{task}": fmean(r.parts[name] for r in of_task) for name in ("reward", "correct", "format")}
+    return out | {"completion_length": fmean(len(r.completion) for r in rollouts), "truncated": fmean(not r.ended for r in rollouts)}
 
 
 def train_step(run, step):
-    """One step, numbered as at the top: -> its metrics, the rollouts drawn first. A stop before the update leaves the run as it
-    was."""
+    """One step, numbered as at the top -> its metrics, the rollouts drawn first. A stop before the update changes nothing."""
     args, G, start = run.args, run.args.group_size, time.perf_counter()
     temperature = args.temperature + (args.temperature_end - args.temperature) * (step - 1) / max(1, args.steps - 1)
     factor = learning_rate(step, args.steps, args.warmup, args.lr_schedule)
     trained, first, drawn = collect(run, step, temperature)                                                              # 1-4
     sampled = time.perf_counter()
-    metrics = {"step": step, **means(first, run.data), "groups_drawn": len(drawn) // G}
-    for name, rollouts in (("frac_reward_zero_std", first), ("frac_reward_zero_std_after", trained)):
-        metrics[name] = sum(map(dead, chunks(rollouts, G))) * G / len(rollouts)
+    metrics = means(first, run.data) | {"groups_drawn": len(drawn) // G, "frac_reward_zero_std": fmean(map(dead, chunks(first, G))),
+                                        "frac_reward_zero_std_after": fmean(map(dead, chunks(trained, G)))}
     torch.manual_seed(args.seed * 1_000_003 + step)             # for a model with dropout
     metrics |= update(run, trained, temperature, factor)                                                                 # 5-7
     for group in chunks(drawn, G):
         run.curriculum.record(group[0].index, sum(r.parts["correct"] for r in group))
     end = time.perf_counter()
-    gpu = run.device.type == "cuda"
-    return metrics | {"lr": args.lr * factor, "temperature": temperature, "sample_seconds": sampled - start,
-                      "update_seconds": end - sampled,
-                      "sample_tokens_per_s": sum(len(r.completion) for r in drawn) / (sampled - start),
-                      "update_tokens_per_s": sum(len(r.completion) for r in trained) * args.inner_epochs / (end - sampled),
-                      "step_seconds": end - start, "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if gpu else
-                      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}, first
+    tokens_drawn, tokens_trained = (sum(len(r.completion) for r in rollouts) for rollouts in (drawn, trained))
+    metrics |= {"lr": args.lr * factor, "temperature": temperature, "step_seconds": end - start,
+                "sample_seconds": sampled - start, "sample_tokens_per_s": tokens_drawn / (sampled - start),
+                "update_seconds": end - sampled, "update_tokens_per_s": tokens_trained * args.inner_epochs / (end - sampled),
+                "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if run.device.type == "cuda" else
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    return {"step": step} | metrics, first
 
 
 def evaluate(run, step, log):
@@ -518,11 +512,9 @@ LINE = ("step {step}  reward {reward:.3f}  correct {correct:.3f}  format {format
         "{step_seconds:.1f} s, {left} left")
 
 WARNINGS = [                                                    # (what the last 20 steps show, what usually helps), said once
-    (lambda m: m["reward"] <= 0, "no reward at all: look at samples.jsonl; a cold start with sft.py, easier prompts or more format "
-                                 "weight give it something to learn from"),
+    (lambda m: m["reward"] <= 0, "no reward at all: read samples.jsonl; a cold start with sft.py, easier prompts or weight on format help"),
     (lambda m: m["correct"] > 0.98, "nearly everything is right: harder prompts (--pass_rate) leave more to learn"),
-    (lambda m: m["frac_reward_zero_std"] > 0.9, "over 90 % of groups are dead: a larger --group_size, prompts of medium difficulty "
-                                                "(--pass_rate 0.1 0.9) or a higher --temperature help"),
+    (lambda m: m["frac_reward_zero_std"] > 0.9, "over 90 % of groups are dead: --pass_rate 0.1 0.9 or a larger --group_size help"),
     (lambda m: m["truncated"] > 0.5, "over half of the completions are cut off: raise --max_new_tokens"),
     (lambda m: m["kl"] > 1, "the policy is far from its start (KL above 1): lower --lr or raise --beta"),
     (lambda m: m["logp_gap"] > 0.1, "sampler and trainer disagree (logp_gap above 0.1): try --dtype float32")]
@@ -532,7 +524,7 @@ def report(run, metrics, first, said):
     """The step's line, its samples where they are due, and warnings, each of them once."""
     args, step, data = run.args, metrics["step"], run.data
     run.recent, run.bad = [*run.recent[-19:], metrics], run.bad + 1 if metrics["skipped"] else 0
-    left = (args.steps - step) * sum(m["step_seconds"] for m in run.recent) / len(run.recent)
+    left = (args.steps - step) * fmean(m["step_seconds"] for m in run.recent)
     note(LINE.format_map(metrics | {"left": tqdm.format_interval(left)}))
     if RANK == 0 and (step % args.sample_every == 0 or step == 1 or run.bad):
         append(Path(args.output_dir) / "samples.jsonl", [
@@ -545,8 +537,7 @@ def report(run, metrics, first, said):
     if run.bad:
         note(f"warning: the gradient of step {step} is not finite and was not used ({run.bad} in a row; see samples.jsonl)")
     if run.bad == BAD_STEPS:
-        fail(f"{run.bad} gradients in a row are not finite: look at step {step} in {args.output_dir}/samples.jsonl, then begin anew with a "
-             "lower --lr or --dtype float32")
+        fail(f"{run.bad} gradients in a row are not finite: look at step {step} in {args.output_dir}/samples.jsonl; in a new run lower --lr")
 
 
 def train(args, argv):
@@ -568,9 +559,8 @@ def train(args, argv):
         done = saved = int(folder.name[11:])
     if RANK == 0:
         open_folder(args, folder)                               # a model that does not load costs no run its folder
-    log = logger(args)
-    bar = tqdm(total=args.steps, initial=done, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
-    with run.stop:
+    log, quiet = logger(args), RANK > 0 or not sys.stderr.isatty()
+    with run.stop, tqdm(total=args.steps, initial=done, unit="step", disable=quiet) as bar:
         try:
             evaluate(run, done, log)
             while done < args.steps:
@@ -587,8 +577,6 @@ def train(args, argv):
             if saved < done:
                 save(run, done)
             leave(stopped, done, args.steps, argv)
-        finally:
-            bar.close()
     if RANK == 0:
         tmp = Path(args.output_dir) / "tmp-final"
         save_model(run, tmp)

@@ -8,9 +8,8 @@ import resource
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
+import traceback
 import zlib
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 import torch
 import torch._dynamo  # which FSDP imports: here once for all forks
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForCausalLM
 
 import grpo
@@ -545,20 +545,28 @@ def test_too_little_memory_in_one_process_is_seen_to_in_all(toy, five, tmp_path,
 
 
 @pytest.mark.parametrize("call, left", [(1, []), (3, [1])])
-def test_too_little_memory_under_fsdp_restarts_with_half_the_micro_batch(toy, five, tmp_path, capfd, call, left):
-    """Before the first checkpoint and after it. The other process waits for a pass that does not come: torchrun ends it."""
-    out, _ = five
+def test_a_start_after_too_little_memory_under_fsdp_is_with_half_the_micro_batch_and_touches_no_others_run(
+        toy, five, tmp_path, capfd, call, left):
+    """Before the first checkpoint and after it."""
     argv = flags(toy, tmp_path, "--max_resample", 0, "--micro_batch_size", 5, "--fsdp", steps=2)
     codes = together(2, argv, out_of_memory("policy_loss", lambda n, rows: n == call))
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("grpo.py: ")]
     assert codes[1] == 2 and codes[0] and len(said) == 1 and "--micro_batch_size 2" in said[0] and whole_steps(tmp_path) == left
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.MonkeyPatch.context() as patch:                 # a restart of another launcher's is refused
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "LAUNCHER", "another")
-        assert together(2, argv, TORCHELASTIC_RESTART_COUNT="1")[0] != 0
-    assert "holds a run" in capfd.readouterr().err and {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        assert "holds a run" in refusal([x for x in argv if x != "--fsdp"], capfd)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     assert together(2, argv, out_of_memory("policy_loss", lambda n, rows: rows > 2), TORCHELASTIC_RESTART_COUNT="1") == [0, 0]
-    assert far(out, tmp_path) < 1e-5 and [row["step"] for row in metrics(tmp_path)] == [1, 2]
+    assert far(five[0], tmp_path) < 1e-5 and [row["step"] for row in metrics(tmp_path)] == [1, 2]
+
+
+def test_too_little_memory_under_fsdp_restarts_by_itself(toy, five, tmp_path, capfd):
+    """Twice, as a quarter of the micro-batch fits; the other process waits for a pass that does not come until it is ended."""
+    argv = flags(toy, tmp_path, "--max_resample", 0, "--micro_batch_size", 5, "--fsdp", steps=2)
+    assert torchrun(argv, out_of_memory("policy_loss", lambda n, rows: rows > 1), max_restarts=2) == 0
+    assert far(five[0], tmp_path) < 1e-5 and [row["step"] for row in metrics(tmp_path)] == [1, 2]
 
 
 @pytest.mark.parametrize("where", ["policy_loss", "completion_logps"])
@@ -617,25 +625,35 @@ def test_a_stopped_run_goes_on_in_another_number_of_processes(toy, whole, tmp_pa
     assert [row["step"] for row in metrics(tmp_path)] == [row["step"] for row in metrics(whole)]
 
 
-def test_a_process_that_dies_ends_the_job_with_its_message(toy, tmp_path):
-    """By torchrun, as users start it."""
-    code = """
-import sys, grpo
-real = grpo.policy_loss
-def fall(*args, **kwargs):
-    if grpo.RANK == 1 and (grpo.Path(sys.argv[sys.argv.index('--output_dir') + 1]) / 'checkpoint-2').exists():
-        raise RuntimeError('process 1 fell over')
-    return real(*args, **kwargs)
-grpo.policy_loss = fall
-grpo.main(sys.argv[1:])
-"""
-    argv = flags(toy, tmp_path, "--weights", "length=1", "--length_penalty", 1, 10, steps=500)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python",
-              sys.executable, "-c", code]
-    done = subprocess.run([*launch, *argv], capture_output=True, text=True, timeout=100, env=os.environ | {
-        "PYTHONPATH": str(Path(grpo.__file__).parent), "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 1 and "RuntimeError: process 1 fell over" in done.stderr, done.stderr
-    assert whole_steps(tmp_path)[-1] >= 2
+def torchrun(argv, before, max_restarts=0):
+    """The launcher behind torchrun, whose two processes fork here and so need not import torch. -> its exit code"""
+    def work():
+        toys.as_process(int(os.environ["RANK"]), 2)
+        before(grpo.RANK)
+        try:
+            grpo.main(argv)
+        except Exception:                                       # as an interpreter that ends would
+            traceback.print_exc()
+            raise
+
+    def launch(_):
+        config = LaunchConfig(1, 1, 2, run_id="one", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=max_restarts,
+                              start_method="fork", monitor_interval=0.05)
+        elastic_launch(config, work)()
+    return exit_code(toys.fork(launch, []))
+
+
+def test_a_process_that_dies_ends_the_job_with_its_message(toy, tmp_path, capfd):
+    def fall(rank):
+        real = grpo.policy_loss
+
+        def loss(*args, **kwargs):
+            if rank == 1 and (tmp_path / "checkpoint-2").exists():
+                raise RuntimeError("process 1 fell over")
+            return real(*args, **kwargs)
+        grpo.policy_loss = loss
+    assert torchrun(flags(toy, tmp_path, steps=500), fall) == 1
+    assert "RuntimeError: process 1 fell over" in capfd.readouterr().err and whole_steps(tmp_path)[-1] >= 2
 
 
 # ---------------------------------------------------------------- untrusted things
