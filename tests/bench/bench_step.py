@@ -64,9 +64,10 @@ args = grpo.parse_args([str(x) for x in (
     "--model", a.model, "--data", f"countdown={folder}", "--weights", *weights, "--prompts_per_step", a.prompts,
     "--group_size", a.group_size, "--max_new_tokens", a.max_new_tokens, "--micro_batch_size", a.micro_batch_size, "--max_resample", 0,
     "--curriculum_floor", 1, "--beta", 0, "--loss", "dapo", "--warmup", 0, "--lr", 1e-6, "--dtype", "float32", "--steps", a.steps + 2)])
-tokenizer, context = grpo.load_tokenizer(args)
+device, dtype = grpo.start_processes(args.dtype)
+tokenizer, eos_ids, context = grpo.load_tokenizer(args.model, train=True)
 data = grpo.read_rows(args, tokenizer, context, args.data, "train")
-run = grpo.build(args, tokenizer, data, [])
+run = grpo.build(args, tokenizer, eos_ids, data, [], device, dtype)
 
 
 def ends_at_random(module, inputs, logits):
