@@ -324,11 +324,12 @@ def reference_lm(run):
 
 # ------------------------------------------------------------------------------------------- 5-7. update
 def micro_batches(rollouts, size, device, mask_truncated=False):
-    """Right-padded tensors for `size` rollouts at a time, longest first: little is padding, and too little memory shows at once."""
+    """Right-padded tensors for `size` rollouts at a time, longest first: little is padding, and too little memory shows at once.
+    Those of dead groups come last, by themselves."""
     def pad(rows):
         return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True).to(device)
 
-    order = sorted(rollouts, key=lambda r: -len(r.prompt) - len(r.completion))
+    order = sorted(rollouts, key=lambda r: (r.advantage == 0, -len(r.prompt) - len(r.completion)))
     return [{"ids": pad([r.prompt + r.completion for r in part]), "sampled": pad([r.logps for r in part]),
              "mask": pad([[float(r.ended or not mask_truncated)] * len(r.completion) for r in part]),
              "prompt_lengths": torch.tensor([len(r.prompt) for r in part], device=device),
@@ -371,12 +372,15 @@ def backward(run, batches, temperature, num_tokens, num_seqs, stop=None):
     args, sums = run.args, {}
 
     def one(b):
-        logp, entropy = run.logps(b["ids"], b["prompt_lengths"], b["mask"], temperature)                                   # 5
+        learns = args.fsdp or args.beta > 0 or bool(b["adv"].any())                     # else there is no gradient: metrics only
+        with torch.set_grad_enabled(learns):
+            logp, entropy = run.logps(b["ids"], b["prompt_lengths"], b["mask"], temperature)                               # 5
         b.setdefault("old", logp.detach())
         loss, parts = policy_loss(logp, b["old"], b.get("ref"), b["adv"], b["mask"], loss=args.loss, clip_low=args.clip_low,
                                   clip_high=args.clip_high, beta=args.beta, num_tokens=num_tokens, num_seqs=num_seqs,
                                   max_new_tokens=args.max_new_tokens)                                                      # 6
-        (loss * WORLD if args.fsdp else loss).backward()                                # FSDP averages over processes
+        if learns:
+            (loss * WORLD if args.fsdp else loss).backward()                            # FSDP averages over processes
         parts |= {"entropy": (entropy * b["mask"]).sum() / num_tokens,
                   "logp_gap": ((b["old"] - b["sampled"]).abs() * b["mask"]).sum() / num_tokens}
         for name, value in parts.items():

@@ -296,7 +296,12 @@ class Optimizer:
         return float(norm)
 
     def reduce(self):
-        """Adds the gradients of all processes up. Not for fsdp, which has done so."""
+        """Adds the gradients of all processes up; one that has none adds zeros. Not for fsdp, which has done so."""
+        for p in set(self.parameters) - set(self.grads()):
+            if p in self.low:
+                self.sums[p] = torch.zeros_like(p, dtype=torch.float32)
+            else:
+                p.grad = torch.zeros_like(p)
         for wait in [dist.all_reduce(g, async_op=True) for g in self.grads().values()] if WORLD > 1 else ():
             wait.wait()
 

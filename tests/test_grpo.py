@@ -380,6 +380,23 @@ def test_a_group_of_equal_rewards_adds_nothing_to_the_others_gradient(toy):
     assert_same({name: g * 12 / 8 for name, g in both.items()}, alone)      # the mean is over 12 sequences
 
 
+def test_rows_without_an_advantage_are_measured_but_get_no_backward_pass(toy, monkeypatch):
+    said, gradients, backward = [], [], []
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss, real=torch.Tensor.backward: (backward.append(1), real(loss)))
+    for beta in (0, 1e-12):                                     # with the KL every row has a gradient
+        run, rollouts = build(toy, "--beta", beta, "--micro_batch_size", 4, "--lr", 0.1), made_up(12)
+        for r in rollouts[:7]:
+            r.advantage = 0.0
+        backward.clear()
+        before = weights(run.model)
+        said.append(grpo.update(run, rollouts, 1.0, 1.0))
+        gradients.append({name: w - before[name] for name, w in weights(run.model).items()})
+        assert len(backward) == (2 if beta == 0 else 3)
+    for name in ("entropy", "logp_gap", "loss", "grad_norm"):
+        assert said[0][name] == pytest.approx(said[1][name], rel=1e-4, abs=1e-7), name
+    assert_same(*gradients)
+
+
 def test_masked_truncation_leaves_no_trace_of_what_was_cut_off(toy):
     run, rollouts = build(toy, "--mask_truncated", "--loss", "dapo"), made_up(9)
     ended = [r for r in rollouts if r.ended]
