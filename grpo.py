@@ -541,7 +541,7 @@ def report(run, metrics, first, said):
     if run.bad:
         note(f"warning: the gradient of step {step} is not finite and was not used ({run.bad} in a row; see samples.jsonl)")
     if run.bad == BAD_STEPS:
-        fail(f"{run.bad} gradients in a row are not finite: look at step {step} in {args.output_dir}/samples.jsonl; in a new run lower --lr")
+        fail(f"{run.bad} gradients in a row are not finite: see step {step} in {args.output_dir}/samples.jsonl; in a new run lower --lr")
 
 
 def train(args, argv):
