@@ -255,8 +255,8 @@ def test_no_tensor_of_batch_by_time_by_vocabulary_ever_exists():
         lm(input_ids=ids[:1, :8]).logits.log_softmax(-1)
     assert full.largest == 8 * vocab and full.peak >= 2 * 4 * 8 * vocab
     with Memory() as sampling:
-        sampler.generate(lm, [[5] * 40, [6] * 30], sampler.uniforms(0, 1, range(4), 3), max_new_tokens=3, temperature=1.0, eos_ids={0}, pad_id=0,
-                      group_size=2)
+        sampler.generate(lm, [[5] * 40, [6] * 30], sampler.uniforms(0, 1, range(4), 3), max_new_tokens=3, temperature=1.0, eos_ids={0},
+                         group_size=2)
     assert sampling.largest <= max(4 * vocab, vocab * hidden)
 
 
@@ -424,7 +424,8 @@ def test_a_step_whose_completions_are_all_cut_off_and_masked_changes_nothing_and
 
 
 def optimizer(model, **changes):
-    return models.Optimizer(model, SimpleNamespace(**dict(optim="adamw", lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, max_grad_norm=0.0) | changes))
+    args = dict(optim="adamw", lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0, max_grad_norm=0.0) | changes
+    return models.Optimizer(model, SimpleNamespace(**args))
 
 
 def test_an_update_of_5e_7_moves_bfloat16_weights_in_the_long_run():
@@ -499,7 +500,7 @@ def test_sampler_equals_generate_token_for_token(prompts):
 
 def sample(lm, prompts, rows, *, group_size=1, temperature=1.0, limit=30, ends=frozenset({0, 20, 21, 22, 23}), seed=5, step=2):
     noise = sampler.uniforms(seed, step, rows, limit)
-    return sampler.generate(lm, prompts, noise, max_new_tokens=limit, temperature=temperature, eos_ids=ends, pad_id=0, group_size=group_size)
+    return sampler.generate(lm, prompts, noise, max_new_tokens=limit, temperature=temperature, eos_ids=ends, group_size=group_size)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
