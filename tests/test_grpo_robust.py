@@ -480,7 +480,8 @@ def uneven(rank):
     grpo.Sampler = around(grpo.Sampler, lambda prompts: time.sleep(rng.uniform(0, 0.05)))
 
 
-@pytest.mark.parametrize("world, more", [(2, []), (4, []), (2, ["--fsdp"]), (2, ["--lora_rank", 4]), (2, ["--lora_rank", 4, "--load_in_4bit"])])
+@pytest.mark.parametrize("world, more", [
+    (2, []), (4, []), (2, ["--fsdp"]), (2, ["--lora_rank", 4]), (2, ["--lora_rank", 4, "--load_in_4bit"])])
 def test_several_processes_do_what_one_does(toy, tmp_path, world, more):
     argv = lambda out, *extra: flags(toy, tmp_path / out, *evaluated(toy), "--keep", 9, "--prompts_per_step", 4, *extra)
     grpo.main(argv("one", *[x for x in more if x != "--fsdp"]))
