@@ -1,14 +1,16 @@
 """Seconds of a whole GRPO step, grpo.py against TRL's GRPOTrainer: sampling, scoring, log-probabilities, gradient, update.
 
-Both start from one checkpoint, in fp32, with the same Countdown prompts, groups, graders, micro-batches, learning rate and
-length limit; TRL's settings are those that do what grpo.py does here (loss dapo, no KL, temperature 1 without top-k, one
+Both start from one checkpoint, with the same prompts, groups, rewards, micro-batches, learning rate and length limit, in fp32 on a
+CPU and in bf16 on a GPU; TRL's settings are those that do what grpo.py does here (loss dapo, no KL, temperature 1 without top-k, one
 update a step, no activation checkpointing, nothing saved). Steps alternate one by one, in one process; the first two of each
-are left out. The made model never ends a completion, so that both sample exactly as many tokens; with --mean_length, or with a
-trained --model, they are ragged.
+are left out. A made model gets its rewards by a coin that is a function of the text, so that no group is dead (grpo.py makes no
+backward pass for those); it never ends a completion, or does so at random (--mean_length). A trained --model earns what it earns.
 
     python tests/bench/bench_step.py                         # the tiny model of sft.py, random weights
     python tests/bench/bench_step.py --mean_length 30
-    python tests/bench/bench_step.py --model runs/tiny-sft
+    python tests/bench/bench_step.py --model runs/tiny-sft --prompts 16 --group_size 16 --max_new_tokens 80
+    python tests/bench/bench_step.py --shape qwen2.5-3b --prompts 32 --prompt_length 150 --max_new_tokens 512 --micro_batch_size 8   # GPU
+    python tests/bench/bench_step.py --shape qwen2.5-3b ... --continuous_batching                   # TRL's other in-process backend
 """
 import argparse
 import contextlib
@@ -20,10 +22,14 @@ import sys
 import tempfile
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-p.add_argument("--model", help="checkpoint folder; without it a tiny one is made")
+p.add_argument("--model", help="checkpoint folder; without it one is made")
+p.add_argument("--shape", default="tiny", help="of the made model; see shapes.py")
+p.add_argument("--prompt_length", type=int, help="tokens of made-up prompts; without it, Countdown problems")
+p.add_argument("--continuous_batching", action="store_true", help="TRL generates by transformers' engine for it")
 p.add_argument("--steps", type=int, default=8, help="of each, after two that are not counted")
 p.add_argument("--prompts", type=int, default=8, help="a step")
 p.add_argument("--group_size", type=int, default=8, help="completions a prompt")
@@ -34,9 +40,9 @@ p.add_argument("--threads", type=int, default=2, help="of the CPU")
 a = p.parse_args()
 os.environ |= {"OMP_NUM_THREADS": str(a.threads), "OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin stall a shared machine
 
+import shapes  # noqa: E402
 import torch  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 import countdown  # noqa: E402
 import grpo  # noqa: E402
 import rewards  # noqa: E402
@@ -53,8 +59,12 @@ except ImportError:
 folder, made = Path(tempfile.mkdtemp()), not a.model
 if made:
     a.model, tokenizer = str(folder / "model"), sft.tiny_tokenizer()
-    sft.tiny_model(tokenizer, 0).save_pretrained(a.model)
+    gpu = torch.cuda.is_available()
+    model = sft.tiny_model(tokenizer, 0) if a.shape == "tiny" else \
+        shapes.make(a.shape, "cuda" if gpu else "cpu", torch.bfloat16 if gpu else torch.float32)
+    model.save_pretrained(a.model)
     tokenizer.save_pretrained(a.model)
+    del model
 with contextlib.redirect_stdout(io.StringIO()):
     countdown.main(["--out", str(folder), "--train", "500", "--test", "1", "--traces", "0",
                     "--numbers", "3", "--max_number", "12", "--max_target", "40"])
@@ -63,10 +73,27 @@ weights = ["correct=1", "format=0.1"]
 args = grpo.parse_args([str(x) for x in (
     "--model", a.model, "--data", f"countdown={folder}", "--weights", *weights, "--prompts_per_step", a.prompts,
     "--group_size", a.group_size, "--max_new_tokens", a.max_new_tokens, "--micro_batch_size", a.micro_batch_size, "--max_resample", 0,
-    "--curriculum_floor", 1, "--beta", 0, "--loss", "dapo", "--warmup", 0, "--lr", 1e-6, "--dtype", "float32", "--steps", a.steps + 2)])
+    "--curriculum_floor", 1, "--beta", 0, "--loss", "dapo", "--warmup", 0, "--lr", 1e-6, "--steps", a.steps + 2)])
 device, dtype = grpo.start_processes(args.dtype)
 tokenizer, eos_ids, context = grpo.load_tokenizer(args.model, train=True)
 data = grpo.read_rows(args, tokenizer, context, args.data, "train")
+if a.prompt_length:                                              # a byte is a token of the tiny tokenizer
+    text = lambda i: f"{i} ".ljust(a.prompt_length - 3, "x")     # noqa: E731
+    turns = [{"prompt": [{"role": "user", "content": text(i)}], "index": i} for i in range(len(data))]
+    for row, turn in zip(data, turns):
+        row["prompt_ids"] = tokenizer.apply_chat_template(turn["prompt"], add_generation_prompt=True, return_dict=False)
+else:
+    turns = [{"prompt": rewards.messages("countdown", row), "index": i} for i, row in enumerate(data)]
+real = rewards.score_batch
+
+
+def coin(tasks, texts, rows, *more, **others):
+    """The task's own scoring, and in its place a coin."""
+    return [part | {"reward": float(zlib.crc32(text.encode()) % 2)} for part, text in zip(real(tasks, texts, rows, *more, **others), texts)]
+
+
+if made:
+    rewards.score_batch = coin
 run = grpo.build(args, tokenizer, eos_ids, data, [], device, dtype)
 
 
@@ -89,34 +116,37 @@ def reward(prompts, completion_ids, index, **others):
 
 class Alternate(TrainerCallback):
     """After each step of TRL's one of ours. A step of TRL's begins where ours ended, so that its data loading counts too."""
-    mine, theirs, lengths, sampling, since = [], [], [], [], None
+    mine, theirs, lengths, sampling, dead, since = [], [], [], [], [], None
 
     def on_step_begin(self, *_, **__):
         self.since = self.since or time.perf_counter()
 
     def on_step_end(self, _, state, *__, **___):
+        shapes.sync()
         done = time.perf_counter()
         metrics, first = grpo.train_step(run, state.global_step)
+        shapes.sync()
         end = time.perf_counter()
         self.theirs.append(done - self.since)
         self.mine.append(end - done)
         self.lengths.append(metrics["completion_length"])
+        self.dead.append(metrics["frac_reward_zero_std"])
         self.sampling.append(metrics["sample_seconds"])
         self.since = time.perf_counter()
 
 
 config = trl.GRPOConfig(
-    output_dir=str(folder / "trl"), use_cpu=run.device.type == "cpu", bf16=False, gradient_checkpointing=False, report_to="none",
+    output_dir=str(folder / "trl"), use_cpu=run.device.type == "cpu", bf16=dtype == torch.bfloat16, gradient_checkpointing=False, report_to="none",
     save_strategy="no", eval_strategy="no", disable_tqdm=True, logging_steps=1, max_steps=a.steps + 2, seed=0,
     per_device_train_batch_size=a.micro_batch_size, gradient_accumulation_steps=a.prompts * a.group_size // a.micro_batch_size,
     num_generations=a.group_size, num_iterations=1, max_completion_length=a.max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
     beta=0.0, loss_type="dapo", scale_rewards="group", epsilon=0.2, learning_rate=1e-6, lr_scheduler_type="constant",
-    warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch_fused")
+    warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch_fused",
+    use_transformers_continuous_batching=a.continuous_batching)
 if a.prompts * a.group_size % a.micro_batch_size:
     sys.exit("bench_step.py: --prompts times --group_size must be a multiple of --micro_batch_size")
-turns = [{"prompt": rewards.messages("countdown", row), "index": i} for i, row in enumerate(data)]
 alternate = Alternate()
-model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
+model = AutoModelForCausalLM.from_pretrained(a.model, dtype=dtype)
 for lm in (model, run.model) if made else ():
     lm.get_output_embeddings().register_forward_hook(ends_at_random)
 trainer = trl.GRPOTrainer(model=model, processing_class=tokenizer, args=config,
@@ -126,11 +156,12 @@ with contextlib.redirect_stdout(io.StringIO()):
 lengths = alternate.lengths, [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row]
 mine, theirs = alternate.mine[2:], alternate.theirs[2:]
 size = sum(x.numel() for x in run.model.parameters()) / 1e6
-print(f"{size:.1f} M parameters, fp32, {a.threads} threads; {a.prompts} prompts x {a.group_size}, "
+print(f"{size:.1f} M parameters, {str(dtype)[6:]}, {device if device.type == 'cuda' else f'{a.threads} threads'}; {a.prompts} prompts x {a.group_size}, "
       f"at most {a.max_new_tokens} tokens; {len(mine)} alternating steps")
 for name, seconds, length in (("grpo.py", mine, lengths[0]), (f"TRL {trl.__version__}", theirs, lengths[1])):
     print(f"{name:10}  median {statistics.median(seconds):.3f} s a step  ({min(seconds):.3f} to {max(seconds):.3f}), "
           f"mean completion {statistics.mean(length[2:]):.1f} tokens")
-print(f"grpo.py samples and scores for {statistics.median(alternate.sampling[2:]):.3f} s of it")
+print(f"grpo.py samples and scores for {statistics.median(alternate.sampling[2:]):.3f} s of it; {statistics.mean(alternate.dead[2:]):.0%} "
+      "of its groups were dead")
 print(f"ratio       {statistics.median(theirs) / statistics.median(mine):.2f}  (step by step: "
       f"{statistics.median(t / m for t, m in zip(theirs, mine)):.2f})")
