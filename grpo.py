@@ -215,7 +215,7 @@ def chunks(rollouts, size):
 
 
 def dead(group):
-    """Are a group's rewards all equal? Then its advantages are 0: there is nothing to learn from it."""
+    """Are a group's rewards all equal? Then its advantages are 0."""
     return len({r.parts["reward"] for r in group}) == 1
 
 
@@ -270,8 +270,7 @@ def collect(run, step, temperature):
     args, G = run.args, run.args.group_size
     trained, first, drawn = [], [], []
     for _ in range(1 + args.max_resample):
-        missing = args.prompts_per_step - len(trained) // G
-        indices = run.curriculum.draw(missing, exclude={r.index for r in drawn})                                           # 1
+        indices = run.curriculum.draw(args.prompts_per_step - len(trained) // G, exclude={r.index for r in drawn})         # 1
         new = rollout(run, run.data, indices, step, temperature, first_row=len(drawn))
         first, drawn = first or new, drawn + new
         trained += [r for group in chunks(new, G) if not dead(group) for r in group]
@@ -324,8 +323,8 @@ def reference_lm(run):
 
 # ------------------------------------------------------------------------------------------- 5-7. update
 def micro_batches(rollouts, size, device, mask_truncated=False):
-    """Right-padded tensors for `size` rollouts at a time, longest first: little is padding, and too little memory shows at once.
-    Those of dead groups come last, by themselves."""
+    """Right-padded tensors for `size` rollouts at a time. Longest first: little is padding, and too little memory shows at once;
+    those of dead groups last, which then need no backward pass."""
     def pad(rows):
         return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True).to(device)
 
@@ -436,12 +435,11 @@ def save(run, step):
     """OUTPUT_DIR/checkpoint-<step>: a model folder, and all else that a run is. -> step"""
     state = run.optimizer.state() | {"curriculum": vars(run.curriculum), "bad": run.bad, "recent": run.recent}
     if RANK == 0:
-        save_checkpoint(run.args.output_dir, step, run.args.keep,
-                        lambda folder: (save_model(run, folder), torch.save(state, folder / "trainer.pt")))
+        save_checkpoint(run.args.output_dir, step, run.args.keep, lambda to: (save_model(run, to), torch.save(state, to / "trainer.pt")))
     return step
 
 
-def load(run, folder):
+def load(run, folder):                                          # -> its step
     state = read_state(folder, "curriculum", "bad", "recent")
     if len(state["curriculum"]["due"]) != len(run.data):
         fail(f"--resume: --data has {len(run.data)} prompts now, and had {len(state['curriculum']['due'])} in the run")
@@ -449,6 +447,7 @@ def load(run, folder):
     refresh(run.sampler, run.model)
     vars(run.curriculum).update(state["curriculum"])
     run.bad, run.recent = state["bad"], state["recent"]
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 # ------------------------------------------------------------------------------------------- the loop
@@ -487,8 +486,8 @@ def train_step(run, step):
     factor = learning_rate(step, args.steps, args.warmup, args.lr_schedule)
     trained, first, drawn = collect(run, step, temperature)                                                              # 1-4
     sampled = time.perf_counter()
-    metrics = means(first, run.data) | {"groups_drawn": len(drawn) // G, "frac_reward_zero_std": fmean(map(dead, chunks(first, G))),
-                                        "frac_reward_zero_std_after": fmean(map(dead, chunks(trained, G)))}
+    metrics = {"step": step, **means(first, run.data), "groups_drawn": len(drawn) // G}
+    metrics["frac_reward_zero_std"], metrics["frac_reward_zero_std_after"] = (fmean(map(dead, chunks(x, G))) for x in (first, trained))
     torch.manual_seed(args.seed * 1_000_003 + step)             # for a model with dropout
     metrics |= update(run, trained, temperature, factor)                                                                 # 5-7
     for group in chunks(drawn, G):
@@ -500,7 +499,7 @@ def train_step(run, step):
                 "update_seconds": end - sampled, "update_tokens_per_s": tokens_trained * args.inner_epochs / (end - sampled),
                 "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if run.device.type == "cuda" else
                 resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
-    return {"step": step} | metrics, first
+    return metrics, first
 
 
 def evaluate(run, step, log):
@@ -559,8 +558,7 @@ def train(args, argv):
     args.micro_batch_size = min(gather(args.micro_batch_size))  # process 0 has seen to --resume
     run, said, done, saved = build(args, tokenizer, eos_ids, data, eval_data, device, dtype), set(), 0, -1
     if folder:
-        load(run, folder)
-        done = saved = int(folder.name[11:])
+        done = saved = load(run, folder)
     if RANK == 0:
         open_folder(args, folder)                               # a model that does not load costs no run its folder
     log, quiet = logger(args), RANK > 0 or not sys.stderr.isatty()
