@@ -8,6 +8,7 @@ import bisect
 import contextlib
 import math
 import os
+import warnings
 
 import numpy as np
 import torch
@@ -149,6 +150,7 @@ class Sampler:
                 return self.sample(prompts, noise, **options)
             except NotImplementedError as err:
                 self.why_plain = str(err)
+                warnings.warn(f"this model is sampled by the plain loop, which is slower: {err}")
                 self.release()
             except RuntimeError as err:                         # a capture that fails may hide that memory was full
                 full = [x for x in (err, err.__context__) if isinstance(x, torch.OutOfMemoryError)]
