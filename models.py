@@ -124,7 +124,7 @@ def fuse_norms(lm):
             x = torch.linspace(-3, 3, 3 * len(weight), device=weight.device).view(3, -1).to(weight)
             x = x * x.new_tensor([[1e-3], [1], [10]])
             if torch.allclose(m(x), F.rms_norm(x, weight.shape, weight, eps), rtol=4 * torch.finfo(x.dtype).eps):
-                m.forward = types.MethodType(lambda m, x, eps=eps: F.rms_norm(x, m.weight.shape, m.weight, eps), m)    # a copy gets its own
+                m.forward = types.MethodType(lambda m, x, eps=eps: F.rms_norm(x, m.weight.shape, m.weight, eps), m)
     return lm
 
 

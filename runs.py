@@ -148,7 +148,6 @@ def check_training_flags(a):
             fail(f"{flag} needs a package that is not there: pip install {name}")
 
 
-# ------------------------------------------------------------------------------------------- processes
 def learning_rate(step, steps, warmup, schedule):
     """Of step 1, 2, ..., as a share of the peak: linear warm-up, then a schedule that would reach 0 one step after the last."""
     if step <= warmup:
@@ -157,6 +156,7 @@ def learning_rate(step, steps, warmup, schedule):
     return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[schedule]
 
 
+# ------------------------------------------------------------------------------------------- processes
 def start_processes(dtype="float32"):
     """Joins torchrun's other processes, if there are any -> this one's device, and the dtype that `auto` means there."""
     cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
