@@ -172,7 +172,8 @@ def batch(n=7):
 
 def gradients(model, rows, size, scale=0.01, chunk=models.HEAD_LOGITS):
     args = parsed("--micro_batch_size", size)
-    sums = sft.sums(partial(models.completion_logps, model, chunk=chunk), models.Optimizer(model, args), rows, torch.device("cpu"), args, scale)
+    sums = sft.sums(partial(models.completion_logps, model, chunk=chunk), models.Optimizer(model, args), rows,
+                    torch.device("cpu"), args, scale)
     return sums, [p.grad.clone() for p in model.parameters()]
 
 
@@ -419,7 +420,8 @@ def test_a_second_signal_ends_at_once(toy, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("harm", [
-    lambda f: os.truncate(f / "model.safetensors", 5000), lambda f: (f / "trainer.pt").unlink(), lambda f: (f / "manifest.json").write_text("{"),
+    lambda f: os.truncate(f / "model.safetensors", 5000), lambda f: (f / "trainer.pt").unlink(),
+    lambda f: (f / "manifest.json").write_text("{"),
     lambda f: (f / "trainer.pt").write_bytes((f / "trainer.pt").read_bytes()[:-1] + b"x")])
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(toy, tmp_path, capfd, harm):
     argv = flags(toy, tmp_path, "--save_every", 2)
@@ -433,7 +435,8 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(toy, tmp_
 
 
 @pytest.mark.parametrize("state, words", [
-    (lambda state: state | {"more": Path("code")}, "trainer.pt does not hold the state of a run"), (lambda state: {"step": 4}, "trainer.pt does not"),
+    (lambda state: state | {"more": Path("code")}, "trainer.pt does not hold the state of a run"),
+    (lambda state: {"step": 4}, "trainer.pt does not"),
     (lambda state: state | {"weights": {}}, "of another model")])
 def test_a_sealed_checkpoint_that_holds_other_things_than_a_state_gets_one_line(toy, tmp_path, capfd, state, words):
     argv, file = flags(toy, tmp_path, "--keep", 1), tmp_path / "checkpoint-4" / "trainer.pt"
@@ -454,7 +457,8 @@ def test_a_full_disk_stops_with_one_line_and_leaves_the_checkpoint_before_it(toy
     monkeypatch.setattr(torch, "save", full)
     line = refusal(flags(toy, tmp_path, "--save_every", 2, "--keep", 1), capfd)
     assert "No space left" in line and "checkpoint-4" in line
-    assert [step for step, folder in runs.checkpoints(tmp_path).items() if runs.is_whole(folder)] == [2] and not list(tmp_path.glob("tmp-*"))
+    assert [step for step, folder in runs.checkpoints(tmp_path).items() if runs.is_whole(folder)] == [2]
+    assert not list(tmp_path.glob("tmp-*"))
 
 
 def test_a_run_is_not_lost_to_another(toy, tmp_path, capfd):
@@ -564,7 +568,8 @@ def test_a_sharded_run_out_of_memory_ends_with_one_line_and_torchruns_restart_go
 
 # ---------------------------------------------------------------- command lines
 def test_the_learning_rate_suits_what_is_trained_unless_it_is_given():
-    assert [parsed(*more).lr for more in ([], ["--model", "x"], ["--model", "x", "--lora_rank", 8], ["--lr", 1e-4])] == [3e-3, 1e-5, 2e-4, 1e-4]
+    lines = [], ["--model", "x"], ["--model", "x", "--lora_rank", 8], ["--lr", 1e-4]
+    assert [parsed(*more).lr for more in lines] == [3e-3, 1e-5, 2e-4, 1e-4]
 
 
 def test_the_command_line_with_a_flag_file_goes_from_nothing_to_a_tiny_model(toy, tmp_path):
@@ -573,27 +578,34 @@ def test_the_command_line_with_a_flag_file_goes_from_nothing_to_a_tiny_model(toy
                     f"--steps 3 --batch_size 4 --lr 1e-3\n--output_dir {tmp_path / 'run'}\n")
     sft.main([f"@{file}", "--seed", "3"])
     model, tok = AutoModelForCausalLM.from_pretrained(tmp_path / "run"), AutoTokenizer.from_pretrained(tmp_path / "run")
-    prompt = tok.apply_chat_template(rewards.messages("countdown", ROWS[0]), add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    prompt = tok.apply_chat_template(rewards.messages("countdown", ROWS[0]), add_generation_prompt=True,
+                                     return_tensors="pt", return_dict=False)
     assert model.generate(prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt.shape[1]
 
 
 @pytest.mark.parametrize("more, words", [
     (["--lr", 0], "--lr 0: must be above 0"), (["--lr", "nan"], "--lr nan"), (["--lr", "x"], "invalid float value"),
     (["--batch_size", 0], "--batch_size 0: must be at least 1"), (["--micro_batch_size", -1], "at least 1"), (["--steps", 0], "at least 1"),
-    (["--epochs", 0], "--epochs 0: must be above 0"), (["--muon_lr", 0], "above 0"), (["--warmup", 4], "--warmup 4: must be below --steps, 4"), (["--warmup", -1], "at least 0"),
-    (["--max_length", 1], "at least 2"), (["--max_length", 600], "512 tokens"), (["--keep", 0], "at least 1"), (["--seed", -1], "at least 0"),
+    (["--epochs", 0], "--epochs 0: must be above 0"), (["--muon_lr", 0], "above 0"),
+    (["--warmup", 4], "--warmup 4: must be below --steps, 4"), (["--warmup", -1], "at least 0"),
+    (["--max_length", 1], "at least 2"), (["--max_length", 600], "512 tokens"), (["--keep", 0], "at least 1"),
+    (["--seed", -1], "at least 0"),
     (["--save_every", -1], "at least 0"), (["--eval_every", -1], "at least 0"), (["--weight_decay", -1], "at least 0"),
     (["--max_grad_norm", "inf"], "at least 0"), (["--betas", 0.9, 1.0], "below 1"), (["--lora_rank", -1], "at least 0"),
     (["--lora_alpha", 0], "at least 0.001"), (["--load_in_4bit"], "--lora_rank"), (["--merge"], "--lora_rank"), (["--fsdp"], "torchrun"),
-    (["--lora_rank", 2, "--model", "tiny"], "tiny"), (["--lora_rank", 2, "--optim", "muon"], "adamw"), (["--resume", "--overwrite"], "take one"),
+    (["--lora_rank", 2, "--model", "tiny"], "tiny"), (["--lora_rank", 2, "--optim", "muon"], "adamw"),
+    (["--resume", "--overwrite"], "take one"),
     (["--model", "EMPTY", "--output_dir", "."], "--model is or lies in it"), (["@QUOTE"], "No closing quotation"),
-    (["--optim", "sgd"], "invalid choice"), (["--style", "x"], "invalid choice"), (["--nonsense"], "unrecognized"), (["@nowhere.txt"], "nowhere.txt"),
+    (["--optim", "sgd"], "invalid choice"), (["--style", "x"], "invalid choice"), (["--nonsense"], "unrecognized"),
+    (["@nowhere.txt"], "nowhere.txt"),
     (["--chat_template", "nowhere"], "--chat_template nowhere: no such file"), (["--model", "nowhere/at/all"], "--model nowhere/at/all"),
-    (["--data", "poetry"], "poetry"), (["--data", "countdown"], "`python countdown.py"), (["--data", "countdown=nowhere.jsonl"], "nowhere.jsonl"), (["--data", "countdown=", ], "countdown="),
+    (["--data", "poetry"], "poetry"), (["--data", "countdown"], "`python countdown.py"),
+    (["--data", "countdown=nowhere.jsonl"], "nowhere.jsonl"), (["--data", "countdown=", ], "countdown="),
     (["--data", "arc=ARC"], "arc: a row without a worked answer"), (["--data", "countdown=BARE"], "or `solution`"),
     (["--data", "countdown=BROKEN"], "line 2"), (["--data", "countdown=NUMBER"], "`trace`"),
     (["--eval_data", "countdown=nowhere.jsonl"], "nowhere.jsonl"), (["--output_dir", "FILE"], "FILE"),
-    (["--model", "NOTEMPLATE"], "--chat_template FILE"), (["--model", "EMPTY"], "EMPTY"), (["--model", "ADAPTER"], "is an adapter"), (["--model", "DAMAGED"], "DAMAGED")])
+    (["--model", "NOTEMPLATE"], "--chat_template FILE"), (["--model", "EMPTY"], "EMPTY"), (["--model", "ADAPTER"], "is an adapter"),
+    (["--model", "DAMAGED"], "DAMAGED")])
 def test_a_wrong_command_line_gets_one_line(toy, tmp_path, monkeypatch, capfd, more, words):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)

@@ -92,8 +92,8 @@ def limit(lengths):
 
 
 print(shapes.machine(device, bandwidth, rate))
-print(f"{a.shape}, {str(dtype)[6:]}: {a.prompts} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, {a.shots_length} of "
-      f"them the same in all; --batch_size {a.batch_size}; {a.rounds} alternating rounds", flush=True)
+print(f"{a.shape}, {str(dtype)[6:]}: {a.prompts} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, "
+      f"{a.shots_length} of them the same in all; --batch_size {a.batch_size}; {a.rounds} alternating rounds", flush=True)
 took, runs = {"eval.py": [], "sampler": [], "prefill": []}, {"eval.py": evaluated, "sampler": sampled, "prefill": lambda: sampled(1)}
 for done in range(a.rounds + 1):
     lengths = {}
@@ -110,7 +110,7 @@ for name in ("eval.py", "sampler"):
     print(f"{name:8} {took[name]:6.1f} s: {a.prompts / took[name]:,.2f} prompts/s, {new / took[name]:,.0f} sampled tokens/s, "
           f"{prefilled / took[name]:,.0f} prefilled tokens/s, {sum(least) / took[name]:.1%} of the limit")
 decode = took["sampler"] - took["prefill"]
-print(f"of which prefill {took['prefill']:.1f} s: {prefilled / took['prefill']:,.0f} tokens/s, {least[0] / took['prefill']:.1%} of the limit; "
-      f"decoding {decode:.1f} s: {new / decode:,.0f} tokens/s, {least[1] / decode:.1%} of the limit")
-print(f"mean completion {new / a.prompts:.0f} tokens, {sum(n == a.max_new_tokens for n in lengths['eval.py'].values()) / a.prompts:.0%} at the "
-      f"limit of {a.max_new_tokens}; eval.py has {took['sampler'] / took['eval.py']:.2f} of the sampler's speed")
+print(f"of which prefill {took['prefill']:.1f} s: {prefilled / took['prefill']:,.0f} tokens/s, {least[0] / took['prefill']:.1%} of "
+      f"the limit; decoding {decode:.1f} s: {new / decode:,.0f} tokens/s, {least[1] / decode:.1%} of the limit")
+cut = sum(n == a.max_new_tokens for n in lengths["eval.py"].values()) / a.prompts
+print(f"mean completion {new / a.prompts:.0f} tokens, {cut:.0%} at the limit of {a.max_new_tokens}; eval.py has {took['sampler'] / took['eval.py']:.2f} of the sampler's speed")

@@ -37,8 +37,8 @@ def text(n):
     return " ".join(rng.choice(["some", "made", "up", "words"]) for _ in range(n // 5))
 
 
-ROWS = {"countdown": lambda: {"nums": [rng.randint(1, 99) for _ in range(4)], "target": rng.randint(10, 99), "solution": "1+2", "trace": text(400),
-                              "trace_answer": "1+2"},
+ROWS = {"countdown": lambda: {"nums": [rng.randint(1, 99) for _ in range(4)], "target": rng.randint(10, 99), "solution": "1+2",
+                              "trace": text(400), "trace_answer": "1+2"},
         "gsm8k": lambda: {"question": text(250), "answer": f"{text(900)}\n#### {rng.randint(1, 999)}"},
         "math": lambda: {"problem": text(250), "solution": text(900) + r" \boxed{5}", "answer": "5"},
         "code": lambda: {"text": text(150), "test_list": ["assert f(1) == 1"], "test_setup_code": "", "code": "f = int"}}
@@ -69,5 +69,6 @@ for name, shape, card in STAGES:
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "step_seconds" in line]
     halved = [line for line in done.stderr.splitlines() if "out of GPU memory" in line]
-    print(f"{name}: {shape}, {len(steps)} steps, {steps[-1]['step_seconds']:.1f} s the last one, {max(s['peak_memory_gb'] for s in steps):.1f} GB at "
-          f"the peak; made for {card} GB{'; ' + ' '.join(halved) if halved else ''}", flush=True)
+    peak = max(step["peak_memory_gb"] for step in steps)
+    print(f"{name}: {shape}, {len(steps)} steps, {steps[-1]['step_seconds']:.1f} s the last one, {peak:.1f} GB at the peak; "
+          f"made for {card} GB{'; ' + ' '.join(halved) if halved else ''}", flush=True)

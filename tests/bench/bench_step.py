@@ -136,8 +136,8 @@ class Alternate(TrainerCallback):
 
 
 config = trl.GRPOConfig(
-    output_dir=str(folder / "trl"), use_cpu=run.device.type == "cpu", bf16=dtype == torch.bfloat16, gradient_checkpointing=False, report_to="none",
-    save_strategy="no", eval_strategy="no", disable_tqdm=True, logging_steps=1, max_steps=a.steps + 2, seed=0,
+    output_dir=str(folder / "trl"), use_cpu=run.device.type == "cpu", bf16=dtype == torch.bfloat16, gradient_checkpointing=False,
+    report_to="none", save_strategy="no", eval_strategy="no", disable_tqdm=True, logging_steps=1, max_steps=a.steps + 2, seed=0,
     per_device_train_batch_size=a.micro_batch_size, gradient_accumulation_steps=a.prompts * a.group_size // a.micro_batch_size,
     num_generations=a.group_size, num_iterations=1, max_completion_length=a.max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
     beta=0.0, loss_type="dapo", scale_rewards="group", epsilon=0.2, learning_rate=1e-6, lr_scheduler_type="constant",
@@ -156,8 +156,9 @@ with contextlib.redirect_stdout(io.StringIO()):
 lengths = alternate.lengths, [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row]
 mine, theirs = alternate.mine[2:], alternate.theirs[2:]
 size = sum(x.numel() for x in run.model.parameters()) / 1e6
-print(f"{size:.1f} M parameters, {str(dtype)[6:]}, {device if device.type == 'cuda' else f'{a.threads} threads'}; {a.prompts} prompts x {a.group_size}, "
-      f"at most {a.max_new_tokens} tokens; {len(mine)} alternating steps")
+where = torch.cuda.get_device_name() if device.type == "cuda" else f"{a.threads} threads"
+print(f"{size:.1f} M parameters, {str(dtype)[6:]}, {where}; {a.prompts} prompts x {a.group_size}, at most "
+      f"{a.max_new_tokens} tokens; {len(mine)} alternating steps")
 for name, seconds, length in (("grpo.py", mine, lengths[0]), (f"TRL {trl.__version__}", theirs, lengths[1])):
     print(f"{name:10}  median {statistics.median(seconds):.3f} s a step  ({min(seconds):.3f} to {max(seconds):.3f}), "
           f"mean completion {statistics.mean(length[2:]):.1f} tokens")

@@ -47,7 +47,8 @@ ids = [[rng.randrange(vocabulary) for _ in range(prompt + n)] for n in lengths]
 
 
 def grpo_update(folder):
-    args = grpo.parse_args(["--model", folder, "--group_size", "2", "--max_new_tokens", str(longest), "--beta", "0", "--warmup", "0", *more])
+    args = grpo.parse_args(["--model", folder, "--group_size", "2", "--max_new_tokens", str(longest), "--beta", "0", "--warmup", "0",
+                            *more])
     tokenizer, eos_ids, _ = models.load_tokenizer(folder)
     run = grpo.build(args, tokenizer, eos_ids, [{}] * 4, [], device, dtype)
     rollouts = [grpo.Rollout(0, x[:prompt], x[prompt:], torch.zeros(len(x) - prompt), True, "", {}, rng.choice([-1.0, 1.0])) for x in ids]
