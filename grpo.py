@@ -512,7 +512,7 @@ def evaluate(run, step, log):
 
 LINE = ("step {step}  reward {reward:.3f}  correct {correct:.3f}  format {format:.3f}  dead {frac_reward_zero_std:.2f}  "
         "length {completion_length:.0f}  cut {truncated:.2f}  entropy {entropy:.3f}  kl {kl:.4f}  grad {grad_norm:.2f}  "
-        "{step_seconds:.1f} s, {left} left")
+        "{sample_tokens_per_s:.0f} + {update_tokens_per_s:.0f} tokens/s  {step_seconds:.1f} s, {left} left")
 
 WARNINGS = [                                                    # (what the last 20 steps show, what usually helps), said once
     (lambda m: m["reward"] <= 0, "no reward at all: read samples.jsonl; a cold start with sft.py, easier prompts or weight on format help"),

@@ -113,4 +113,5 @@ decode = took["sampler"] - took["prefill"]
 print(f"of which prefill {took['prefill']:.1f} s: {prefilled / took['prefill']:,.0f} tokens/s, {least[0] / took['prefill']:.1%} of "
       f"the limit; decoding {decode:.1f} s: {new / decode:,.0f} tokens/s, {least[1] / decode:.1%} of the limit")
 cut = sum(n == a.max_new_tokens for n in lengths["eval.py"].values()) / a.prompts
-print(f"mean completion {new / a.prompts:.0f} tokens, {cut:.0%} at the limit of {a.max_new_tokens}; eval.py has {took['sampler'] / took['eval.py']:.2f} of the sampler's speed")
+print(f"mean completion {new / a.prompts:.0f} tokens, {cut:.0%} at the limit of {a.max_new_tokens}; eval.py has "
+      f"{took['sampler'] / took['eval.py']:.2f} of the sampler's speed")
