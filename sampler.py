@@ -13,10 +13,12 @@ import warnings
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import trange
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicLayer
 
 SHARED = 64                         # tokens that all prompts must begin with, to be worth a pass of their own
+BAR = dict(desc="sampling", unit=" tokens a row", delay=2, leave=False, disable=None if os.environ.get("RANK", "0") == "0" else True)
 
 
 def uniforms(seed, step, rows, n):
@@ -74,7 +76,7 @@ def generate(model, prompts, noise, *, max_new_tokens, temperature, eos_ids, pad
     logps = torch.zeros(n, max_new_tokens, device=device)
     stop, forbid = (torch.tensor(list(ids), dtype=torch.long, device=device) for ids in (eos_ids, forbid))
     noise, temperature = None if noise is None else noise.to(device), temperature or 1.0
-    for t in range(max_new_tokens):
+    for t in trange(max_new_tokens, **BAR):
         check()
         token, logp = pick(logits, temperature, None if noise is None else noise[rows, t])
         tokens[rows, t], logps[rows, t] = token, logp
@@ -169,7 +171,7 @@ class Sampler:
             self.probe(cache, mask, n, G)
         del cache, logits
         with self.fast():
-            for t in range(1, T):
+            for t in trange(1, T, **BAR):
                 if (t - 1) % self.look == 0:
                     check()
                     rows = self.compact(rows, W + t - 1)

@@ -235,7 +235,8 @@ def test_every_command_of_the_readme_parses(monkeypatch, capsys):
 def test_every_flag_that_the_readme_names_exists(capsys):
     known = set.union(*(options(main, capsys) for main in (*PARSE.values(), report.main)))
     others = {"--nproc_per_node", "--nnodes", "--max_restarts", "--rdzv_backend", "--rdzv_endpoint",               # torchrun's
-              "--index-url", "--write", "--threads", "--prompts", "--help", "--mean_length", "--shape", "--prompt_length"}       # pip's, the benchmarks'
+              "--index-url", "--write", "--threads", "--prompts", "--help",                 # pip's, the benchmarks'
+              "--mean_length", "--shape", "--prompt_length"}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", readme())) - known - others == set()
 
 

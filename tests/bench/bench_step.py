@@ -38,7 +38,8 @@ p.add_argument("--mean_length", type=float, default=0, help="of the made model's
 p.add_argument("--micro_batch_size", type=int, default=32, help="completions a pass")
 p.add_argument("--threads", type=int, default=2, help="of the CPU")
 a = p.parse_args()
-os.environ |= {"OMP_NUM_THREADS": str(a.threads), "OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin stall a shared machine
+os.environ |= {"OMP_NUM_THREADS": str(a.threads)}
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")             # threads that spin stall a shared machine
 
 import shapes  # noqa: E402
 import torch  # noqa: E402
