@@ -132,7 +132,7 @@ class Sampler:
 
     Weights are read where they are: an update in place is seen by the next call. Buffers and graphs stay between calls;
     `release` frees them. graphs=False takes the same steps one operation at a time, as is the default without a GPU. `forbid`,
-    and models that have more than plain attention, get `generate`; `why_plain` then says what it is about the model."""
+    and models that have more than plain attention or cannot be captured, get `generate`; `why_plain` then says why."""
 
     def __init__(self, model, graphs=None):
         self.model, self.probed, self.why_plain = model, False, None
@@ -150,14 +150,15 @@ class Sampler:
         if not self.why_plain and not forbid:
             try:
                 return self.sample(prompts, noise, **options)
-            except NotImplementedError as err:
+            except RuntimeError as err:
+                self.release()
+                for error in (err, err.__context__):            # a capture that fails may hide that memory was full
+                    if isinstance(error, torch.OutOfMemoryError):
+                        raise error
+                if not (self.graphs or isinstance(err, NotImplementedError)):
+                    raise
                 self.why_plain = str(err)
                 warnings.warn(f"this model is sampled by the plain loop, which is slower: {err}")
-                self.release()
-            except RuntimeError as err:                         # a capture that fails may hide that memory was full
-                full = [x for x in (err, err.__context__) if isinstance(x, torch.OutOfMemoryError)]
-                full and self.release()
-                raise full[0] if full else err
         return generate(self.model, prompts, noise, forbid=forbid, **options)
 
     def sample(self, prompts, noise, *, max_new_tokens, temperature, eos_ids, pad_id=0, group_size=1, check=lambda: None):

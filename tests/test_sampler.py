@@ -278,6 +278,21 @@ def test_release_and_running_out_of_memory_free_the_buffers():
     assert_same(fast(PROMPTS, u, **keywords()), expected)
 
 
+def test_a_capture_that_fails_costs_no_run_but_another_error_is_not_hidden():
+    lm = model(Qwen2Config)
+    fast, plain = sampler.Sampler(lm), sampler.generate(lm, PROMPTS, noise(), **keywords())
+
+    def fail(*size):
+        raise RuntimeError("operation not permitted when stream is capturing")
+    fast.advance = fail
+    with pytest.raises(RuntimeError, match="capturing"):        # nothing was to be captured: something else is wrong
+        fast(PROMPTS, noise(), **keywords())
+    fast.graphs = fast.probed = True
+    with pytest.warns(UserWarning, match="capturing"):
+        assert_same(fast(PROMPTS, noise(), **keywords()), plain)
+    assert "capturing" in fast.why_plain and not fast.keys
+
+
 def test_temperature_zero_is_greedy():
     lm = model()
     expected = sampler.generate(lm, PROMPTS, None, **keywords(temperature=1.0))
