@@ -39,8 +39,8 @@ import torch
 from tqdm import tqdm
 
 import rewards
-from models import load_lm, load_tokenizer, prompt_ids
-from runs import RANK, WORLD, Flags, check_flags, fail, gather, note, start_processes
+from models import fitting, load_lm, load_tokenizer, prompt_ids
+from runs import RANK, WORLD, Flags, check_flags, fail, gather, start_processes
 from sampler import Sampler, generate, uniforms
 
 REPORT = [sys.executable, str(Path(__file__).with_name("report.py"))]        # tables, pictures, pages: none needs a model
@@ -106,7 +106,7 @@ def solved(row, style):
     elif task == "gsm8k":
         work, _, said = re.sub(r"<<.*?>>", "", row["answer"]).rpartition("####")
     elif task == "math":
-        work, said = row["solution"], row.get("answer") or rewards.last_box(row["solution"])
+        work, said = row["solution"], rewards.TASKS[task]["gold"](row)
     elif task == "arc":
         work, said = dict(zip(row["choices"]["label"], row["choices"]["text"]))[row["answerKey"]], row["answerKey"]
     else:
@@ -149,26 +149,22 @@ def sample(lm, checkpoint, todo, args):
     """Yields, batch by batch, some of the rows `todo` and the ids of their completions: K for each row, side by side."""
     K, size = args.samples, max(1, args.batch_size // args.samples)
     sampler = Sampler(lm) if args.sampler == "auto" else partial(generate, lm)
-    while todo:
-        batch = todo[:size]
-        noise = None
+
+    def attempt(size):
+        batch, noise = todo[:size], None
         if args.temperature:                               # a row's k-th completion has the same in any batch, for any K
             noise = torch.stack([uniforms(args.seed, k, batch, args.max_new_tokens) for k in range(K)], 1).flatten(0, 1)
+        return batch, sampler([checkpoint.prompts[i] for i in batch], noise, group_size=K, max_new_tokens=args.max_new_tokens,
+                              temperature=args.temperature, eos_ids=checkpoint.eos_ids, forbid=checkpoint.forbid,
+                              pad_id=checkpoint.tokenizer.pad_token_id or 0)[0]
+
+    while todo:
         try:
-            ids, _ = sampler([checkpoint.prompts[i] for i in batch], noise, group_size=K, max_new_tokens=args.max_new_tokens,
-                             temperature=args.temperature, eos_ids=checkpoint.eos_ids, forbid=checkpoint.forbid,
-                             pad_id=checkpoint.tokenizer.pad_token_id or 0)
+            found, size = fitting(attempt, min(size, len(todo)), lambda n: f"--batch_size {n * K}")
         except torch.OutOfMemoryError:
-            if size == 1:
-                fail(f"out of GPU memory with one prompt at a time: lower --samples {K} or --max_new_tokens")
-            ids = None
-        if ids is None:                                    # outside of the except, which holds on to the memory
-            torch.cuda.empty_cache()
-            size = -(-len(batch) // 2)
-            note(f"out of GPU memory: going on with {size * K} completions at a time")
-            continue
+            fail(f"out of GPU memory with one prompt at a time: lower --samples {K} or --max_new_tokens")
+        yield found
         todo = todo[size:]
-        yield batch, ids
 
 
 def evaluate(lm, checkpoint, rows, args, file):

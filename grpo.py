@@ -24,7 +24,6 @@ whose kernels differ), and dead groups are replaced.
 """
 import contextlib
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -40,7 +39,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import rewards
-from models import Optimizer, base_lm, completion_logps, load_lm, load_policy, load_tokenizer, prepare, prompt_ids, refresh
+from models import (Optimizer, base_lm, completion_logps, fitting, load_lm, load_policy, load_tokenizer, peak_memory_gb, prepare,
+                    prompt_ids, refresh)
 from runs import (BAD_STEPS, RANK, WORLD, Flags, Stop, add_training_flags, append, check_flags, check_training_flags, fail,
                   find_checkpoint, gather, largest, learning_rate, leave, logger, move_in, note, one_line, open_folder, passes,
                   read_state, save_checkpoint, start_processes)
@@ -236,24 +236,20 @@ def rollout_share(run, data, indices, step, temperature, first_row):
     """This process's groups of a rollout, every WORLD-th. Noise goes by a completion's place in the step, whoever samples it."""
     args, G = run.args, run.args.group_size if temperature else 1
     places, out = range(RANK, len(indices), WORLD), []
-    while places:
-        part = places[:max(1, args.sample_batch_size // G)]
-        rows = [data[indices[place]] for place in part]
+
+    def attempt(groups):
+        part = places[:groups]
         noise = uniforms(args.seed, step, [first_row + place * G + g for place in part for g in range(G)],
                          args.max_new_tokens) if temperature else None
-        try:
-            ids, logps = run.generate([row["prompt_ids"] for row in rows], noise, group_size=G, check=run.stop.check,
-                                      max_new_tokens=args.max_new_tokens, temperature=temperature or 1.0, eos_ids=run.eos_ids,
-                                      pad_id=run.tokenizer.pad_token_id or 0)                                              # 2
-        except torch.OutOfMemoryError:
-            if len(part) == 1:
-                raise
-            ids = None
-        if ids is None:                                         # outside of the except, which holds on to the memory
-            torch.cuda.empty_cache()
-            args.sample_batch_size = len(part) // 2 * G
-            note(f"out of GPU memory: --sample_batch_size {args.sample_batch_size} from here on; the samples are the same")
-            continue
+        return part, run.generate([data[indices[place]]["prompt_ids"] for place in part], noise, group_size=G, check=run.stop.check,
+                                  max_new_tokens=args.max_new_tokens, temperature=temperature or 1.0, eos_ids=run.eos_ids,
+                                  pad_id=run.tokenizer.pad_token_id or 0)
+
+    while places:
+        most = min(max(1, args.sample_batch_size // G), len(places))
+        (part, (ids, logps)), fit = fitting(attempt, most, lambda groups: f"--sample_batch_size {groups * G}")             # 2
+        args.sample_batch_size = fit * G if fit < most else args.sample_batch_size
+        rows = [data[indices[place]] for place in part]
         rows = [row for row in rows for _ in range(G)]
         texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
         scored = rewards.score_batch([row["task"] for row in rows], texts, rows, style=args.style, weights=args.weights,
@@ -497,8 +493,7 @@ def train_step(run, step):
     metrics |= {"lr": args.lr * factor, "temperature": temperature, "step_seconds": end - start,
                 "sample_seconds": sampled - start, "sample_tokens_per_s": tokens_drawn / (sampled - start),
                 "update_seconds": end - sampled, "update_tokens_per_s": tokens_trained * args.inner_epochs / (end - sampled),
-                "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if run.device.type == "cuda" else
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+                "peak_memory_gb": peak_memory_gb()}
     return metrics, first
 
 

@@ -7,6 +7,7 @@ model, `refresh` writes: that is what grpo.py samples from, and what --merge and
 """
 import json
 import math
+import resource
 import types
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import rewards
-from runs import RANK, WORLD, fail
+from runs import RANK, WORLD, fail, note
 
 HEAD_LOGITS = 2 ** 26                                           # that exist at a time: 256 MB in fp32
 transformers.utils.logging.disable_progress_bar()
@@ -97,10 +98,11 @@ def load_lm(name, device, dtype, load_in_4bit=False, trust_remote_code=False):
     kwargs = dict(device_map={"": device}, quantization_config=transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype)) if load_in_4bit else {}
+    base = base_of(name)
     try:
-        lm, found = AutoModelForCausalLM.from_pretrained(base_of(name), dtype=dtype, trust_remote_code=trust_remote_code,
+        lm, found = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=trust_remote_code,
                                                          output_loading_info=True, **kwargs)
-        if base_of(name) != name:
+        if base != name:
             import peft
             lm = peft.PeftModel.from_pretrained(lm, name).merge_and_unload()
     except torch.OutOfMemoryError:
@@ -188,6 +190,27 @@ def refresh(plain, model):
         w = full(w)
         if target:
             target[name.replace(".base_layer.", ".")].copy_(w)
+
+
+# ------------------------------------------------------------------------------------------- memory
+def fitting(attempt, size, flag, least=1):
+    """attempt(size), again with half as many while the GPU's memory is too small -> what it returned, the size that it took."""
+    while True:
+        try:
+            return attempt(size), size
+        except torch.OutOfMemoryError:
+            if size <= least:
+                raise
+        torch.cuda.empty_cache()                                # out of the except, which holds on to the memory
+        size = -(-size // 2)
+        note(f"out of GPU memory: {flag(size)} from here on; the results are the same")
+
+
+def peak_memory_gb():
+    """Of the GPU, or of this process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 # ------------------------------------------------------------------------------------------- the head

@@ -18,7 +18,6 @@
 import math
 import random
 import re
-import resource
 import sys
 import time
 from functools import lru_cache
@@ -30,7 +29,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import rewards
-from models import Optimizer, base_lm, load_lm, load_policy, load_tokenizer, prepare, prompt_ids, refresh
+from models import (Optimizer, base_lm, fitting, load_lm, load_policy, load_tokenizer, peak_memory_gb, prepare, prompt_ids,
+                    refresh)
 from runs import (BAD_STEPS, RANK, WORLD, Flags, Stop, add_training_flags, check_flags, check_training_flags, fail,
                   find_checkpoint, gather, learning_rate, leave, logger, move_in, note, one_line, open_folder, passes,
                   read_state, save_checkpoint, start_processes)
@@ -185,18 +185,14 @@ def sums(logps, optimizer, rows, device, args, scale=None, stop=None):
             (-logp.sum() * scale).backward()
         total.add_(torch.stack([-logp.detach().sum(), hit.sum(), mask.sum()]))
 
-    while True:
+    def attempt(size):
         total.zero_()
         optimizer.zero_grad()
-        try:
-            passes(micro_batches(mine, args.micro_batch_size), one, stop, args.fsdp)
-            return total.cpu()
-        except torch.OutOfMemoryError:
-            if args.fsdp or args.micro_batch_size == 1:
-                raise
-        torch.cuda.empty_cache()                                # out of the except, which holds on to the memory
-        args.micro_batch_size //= 2
-        note(f"out of GPU memory: --micro_batch_size {args.micro_batch_size} from here on; what is learned stays the same")
+        passes(micro_batches(mine, size), one, stop, args.fsdp)
+
+    size = args.micro_batch_size                                # under fsdp too little memory needs a new start: see one_line
+    _, args.micro_batch_size = fitting(attempt, size, "--micro_batch_size {}".format, least=size if args.fsdp else 1)
+    return total.cpu()
 
 
 # ------------------------------------------------------------------------------------------- the run
@@ -330,10 +326,9 @@ def train_step(rows, logps, optimizer, device, args, step, steps, stop):
     factor = learning_rate(step, steps, args.warmup, args.lr_schedule)
     norm = optimizer.step(factor, skip=not math.isfinite(loss))                                                       # 5
     seconds, tokens = time.perf_counter() - start, sum(len(row["ids"]) for row in batch)
-    peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return {"step": step, "loss": loss / n_tokens, "token_accuracy": right / n_tokens, "lr": args.lr * factor,        # 6
             "grad_norm": norm, "skipped": int(not math.isfinite(norm + loss)), "tokens": tokens, "tokens_per_s": tokens / seconds,
-            "step_seconds": seconds, "peak_memory_gb": peak}
+            "step_seconds": seconds, "peak_memory_gb": peak_memory_gb()}
 
 
 def main(argv=None):

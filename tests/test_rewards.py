@@ -38,6 +38,12 @@ def completion(answer, reasoning="So.", style="reasoning"):
     return f"<{style}>{reasoning}</{style}>\n<answer>{answer}</answer>"
 
 
+def printed_by(script):
+    """What a fresh interpreter prints that runs this."""
+    argv = [sys.executable, "-c", script]
+    return subprocess.run(argv, cwd=Path(rewards.__file__).parent, capture_output=True, text=True, check=True).stdout
+
+
 def seconds(action):
     """Processor time of the fastest of up to four runs: what others do to this machine meanwhile is no fault of the grader's."""
     times = []
@@ -249,10 +255,7 @@ def test_scoring_does_not_grow_memory():
 
         print(-go(4500) + go(4500))
         """)
-    grown = subprocess.run(
-        [sys.executable, "-c", script], cwd=Path(rewards.__file__).parent, capture_output=True, text=True, check=True
-    ).stdout
-    assert int(grown) < 8_000  # kB
+    assert int(printed_by(script)) < 8_000  # kB
 
 
 def test_loading_takes_neither_torch_nor_a_tenth_of_a_second():
@@ -262,16 +265,7 @@ def test_loading_takes_neither_torch_nor_a_tenth_of_a_second():
         import rewards
         print(time.process_time() - start, {"torch", "transformers", "numpy", "sympy", "datasets"} & set(sys.modules) or "none")
         """)
-    outs = [
-        subprocess.run(
-            [sys.executable, "-c", script],
-            cwd=Path(rewards.__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.split()
-        for _ in range(3)
-    ]
+    outs = [printed_by(script).split() for _ in range(3)]
     assert outs[0][1] == "none" and min(float(out[0]) for out in outs) < 0.1
 
 
@@ -417,15 +411,7 @@ def test_workers_end_with_their_process():
     script = (
         "import mathematics\nassert mathematics.equal('2\\\\sqrt{3}', '\\\\sqrt{12}')\nprint(mathematics.IDLE[0].pid)"
     )
-    pid = int(
-        subprocess.run(
-            [sys.executable, "-c", script],
-            cwd=Path(rewards.__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    )
+    pid = int(printed_by(script))
     assert not os.path.exists(f"/proc/{pid}")
 
 

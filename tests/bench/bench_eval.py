@@ -22,6 +22,11 @@ import random
 import statistics
 import types
 
+import shapes
+
+import eval as ev
+import sft
+
 p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 p.add_argument("--shape", default="tiny", help="of the model, one of shapes.py")
 p.add_argument("--prompts", type=int, default=64, help="GSM8K's test split has 1319")
@@ -33,18 +38,9 @@ p.add_argument("--batch_size", type=int, default=128, help="as eval.py's")
 p.add_argument("--rounds", type=int, default=3, help="of each, after one that is not counted")
 p.add_argument("--threads", type=int, default=2, help="of the CPU")
 a = p.parse_args()
-os.environ |= {"OMP_NUM_THREADS": str(a.threads)}
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")                   # threads that spin stall a shared machine
 
-import torch  # noqa: E402
 
-import shapes  # noqa: E402
-import eval as ev  # noqa: E402
-import sft  # noqa: E402
-
-torch.set_num_threads(a.threads)
-device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+device, dtype = shapes.use(a.threads)
 bandwidth, rate = shapes.peaks(device, dtype)
 lm, rng = shapes.make(a.shape, device, dtype), random.Random(0)
 config = lm.config

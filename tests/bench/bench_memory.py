@@ -28,8 +28,7 @@ p.add_argument("--shape", help="of the models, instead of the true ones")
 p.add_argument("--steps", type=int, default=3)
 p.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="flags that grpo.py gets besides")
 a = p.parse_args()
-device = "cuda" if torch.cuda.is_available() else "cpu"
-dtype = torch.bfloat16 if device == "cuda" else torch.float32
+device, dtype = shapes.use(2)
 rng = random.Random(0)
 
 
@@ -55,7 +54,7 @@ for name, shape, card in STAGES:
             path.unlink()
         shapes.save(shape, folder / "model", device, dtype)
         of_shape = shape
-        device == "cuda" and torch.cuda.empty_cache()
+        device.type == "cuda" and torch.cuda.empty_cache()
     recipe = (ROOT / "recipes" / name).read_text()
     tasks = [task for task in ROWS if f"{task}=" in recipe or f" {task}" in recipe.partition("--data")[2].partition("--")[0]]
     argv = [sys.executable, str(ROOT / f"{Path(name).stem}.py"), f"@{ROOT / 'recipes' / name}", "--model", str(folder / "model"),

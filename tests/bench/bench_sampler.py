@@ -14,9 +14,15 @@ bandwidth measured here; each token costs 2 FLOPs a parameter and those of its a
     python tests/bench/bench_sampler.py --shape qwen2.5-3b --mean_length 330
 """
 import argparse
-import os
 import statistics
 import time
+
+import shapes
+import torch
+import transformers
+
+import models
+import sampler
 
 p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 p.add_argument("--shape", default="tiny", help="of the model that is made; see shapes.py")
@@ -36,20 +42,10 @@ for flag, small, large in (("prompts", 16, 32), ("group_size", 16, 8), ("prompt_
                            ("max_new_tokens", 160, 512), ("mean_length", 40, 0)):
     if getattr(a, flag) is None:
         setattr(a, flag, small if tiny else large)
-os.environ |= {"OMP_NUM_THREADS": str(a.threads)}
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")                   # threads that spin stall a shared machine
 
-import shapes  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
 
-import models  # noqa: E402
-import sampler  # noqa: E402
-
-torch.set_num_threads(a.threads)
+device, dtype = shapes.use(a.threads)
 torch.manual_seed(0)
-device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def made():

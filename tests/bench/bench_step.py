@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import io
 import math
-import os
 import statistics
 import sys
 import tempfile
@@ -24,6 +23,14 @@ import time
 import warnings
 import zlib
 from pathlib import Path
+
+import shapes
+import torch
+
+import countdown
+import grpo
+import rewards
+import sft
 
 p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 p.add_argument("--model", help="checkpoint folder; without it one is made")
@@ -38,18 +45,9 @@ p.add_argument("--mean_length", type=float, default=0, help="of the made model's
 p.add_argument("--micro_batch_size", type=int, default=32, help="completions a pass")
 p.add_argument("--threads", type=int, default=2, help="of the CPU")
 a = p.parse_args()
-os.environ |= {"OMP_NUM_THREADS": str(a.threads)}
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")             # threads that spin stall a shared machine
 
-import shapes  # noqa: E402
-import torch  # noqa: E402
 
-import countdown  # noqa: E402
-import grpo  # noqa: E402
-import rewards  # noqa: E402
-import sft  # noqa: E402
-
-torch.set_num_threads(a.threads)
+device, dtype = shapes.use(a.threads)
 warnings.filterwarnings("ignore")
 try:
     import datasets
@@ -60,12 +58,7 @@ except ImportError:
 folder, made = Path(tempfile.mkdtemp()), not a.model
 if made:
     a.model, tokenizer = str(folder / "model"), sft.tiny_tokenizer()
-    gpu = torch.cuda.is_available()
-    model = sft.tiny_model(tokenizer, 0) if a.shape == "tiny" else \
-        shapes.make(a.shape, "cuda" if gpu else "cpu", torch.bfloat16 if gpu else torch.float32)
-    model.save_pretrained(a.model)
-    tokenizer.save_pretrained(a.model)
-    del model
+    shapes.save(a.shape, a.model, device, dtype)
 with contextlib.redirect_stdout(io.StringIO()):
     countdown.main(["--out", str(folder), "--train", "500", "--test", "1", "--traces", "0",
                     "--numbers", "3", "--max_number", "12", "--max_target", "40"])
@@ -75,7 +68,6 @@ args = grpo.parse_args([str(x) for x in (
     "--model", a.model, "--data", f"countdown={folder}", "--weights", *weights, "--prompts_per_step", a.prompts,
     "--group_size", a.group_size, "--max_new_tokens", a.max_new_tokens, "--micro_batch_size", a.micro_batch_size, "--max_resample", 0,
     "--curriculum_floor", 1, "--beta", 0, "--loss", "dapo", "--warmup", 0, "--lr", 1e-6, "--steps", a.steps + 2)])
-device, dtype = grpo.start_processes(args.dtype)
 tokenizer, eos_ids, context = grpo.load_tokenizer(args.model, train=True)
 data = grpo.read_rows(args, tokenizer, context, args.data, "train")
 if a.prompt_length:                                              # a byte is a token of the tiny tokenizer

@@ -10,11 +10,17 @@ A model of the true shape with random weights is trained on random ids. Log-prob
     python tests/bench/bench_update.py --shape qwen2.5-3b --what sft --rows 64 --prompt_length 100 --completion_length 400
 """
 import argparse
-import os
 import random
 import statistics
 import tempfile
 from types import SimpleNamespace
+
+import shapes
+import torch
+
+import grpo
+import models
+import sft
 
 p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 p.add_argument("--shape", default="tiny", help="of the model; see shapes.py")
@@ -25,20 +31,10 @@ p.add_argument("--completion_length", type=int, help="tokens at most, a quarter 
 p.add_argument("--rounds", type=int, default=5, help="updates of each, after one that is not counted")
 p.add_argument("--threads", type=int, default=2, help="of the CPU")
 a, more = p.parse_known_args()                                  # the rest are flags of grpo.py and sft.py
-os.environ |= {"OMP_NUM_THREADS": str(a.threads)}
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")             # threads that spin stall a shared machine
 
-import shapes  # noqa: E402
-import torch  # noqa: E402
 
-import grpo  # noqa: E402
-import models  # noqa: E402
-import runs  # noqa: E402
-import sft  # noqa: E402
-
-torch.set_num_threads(a.threads)
+device, dtype = shapes.use(a.threads)
 prompt, longest = a.prompt_length or (12 if a.shape == "tiny" else 150), a.completion_length or (64 if a.shape == "tiny" else 512)
-device, dtype = runs.start_processes("auto")
 bandwidth, rate = shapes.peaks(device, dtype)
 print(shapes.machine(device, bandwidth, rate))
 rng, vocabulary = random.Random(0), shapes.SHAPES[a.shape][5]

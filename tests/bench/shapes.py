@@ -1,11 +1,14 @@
-"""What the benchmarks share: models of the true shapes with random weights, and what the machine can do at most."""
+"""What the benchmarks share: models of the true shapes with random weights, and what the machine can do at most. To be imported
+before torch, as it says how threads wait."""
+import os
 import statistics
 import sys
 import time
 from pathlib import Path
 
-import torch
-import transformers
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")             # threads that spin stall a shared machine
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import models  # noqa: E402
@@ -14,6 +17,13 @@ import models  # noqa: E402
 SHAPES = {"tiny": (128, 256, 3, 4, 4, 361, True), "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True),
           "qwen2.5-3b": (2048, 11008, 36, 16, 2, 151936, True), "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, False),
           "qwen2.5-14b": (5120, 13824, 48, 40, 8, 152064, False)}
+
+
+def use(threads):
+    """-> the device to measure on and its dtype; on a CPU with so many threads."""
+    torch.set_num_threads(threads)
+    gpu = torch.cuda.is_available()
+    return torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
 
 
 def make(shape, device, dtype):
