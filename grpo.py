@@ -39,10 +39,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import rewards
-from models import (Optimizer, base_lm, completion_logps, fitting, load_lm, load_policy, load_tokenizer, peak_memory_gb, prepare,
-                    prompt_ids, refresh)
+from models import (Optimizer, base_lm, completion_logps, fitting, learning_rate, load_lm, load_policy, load_tokenizer,
+                    peak_memory_gb, prepare, prompt_ids, refresh)
 from runs import (BAD_STEPS, RANK, WORLD, Flags, Stop, add_training_flags, append, check_flags, check_training_flags, fail,
-                  find_checkpoint, gather, largest, learning_rate, leave, logger, move_in, note, one_line, open_folder, passes,
+                  gather, go_on_from, largest, leave, logger, move_in, note, one_line, open_folder, passes,
                   read_state, save_checkpoint, start_processes)
 from sampler import Sampler, generate, uniforms
 
@@ -549,8 +549,7 @@ def train(args, argv):
         data = [row for row in data if args.pass_rate[0] <= row["pass_rate"] <= args.pass_rate[1]]
     if len(data) < args.prompts_per_step:
         fail(f"--data has {len(data)} prompts, fewer than --prompts_per_step {args.prompts_per_step}")
-    folder = gather(find_checkpoint(args, FREE) if RANK == 0 else None)[0]
-    args.micro_batch_size = min(gather(args.micro_batch_size))  # process 0 has seen to --resume
+    folder = go_on_from(args, FREE)
     run, said, done, saved = build(args, tokenizer, eos_ids, data, eval_data, device, dtype), set(), 0, -1
     if folder:
         done = saved = load(run, folder)

@@ -240,6 +240,14 @@ def completion_logps(lm, ids, prompt_lengths, mask, temperature=1.0, *, extra="e
 
 
 # ------------------------------------------------------------------------------------------- the optimiser
+def learning_rate(step, steps, warmup, schedule):
+    """Of step 1, 2, ..., as a share of the peak: linear warm-up, then a schedule that would reach 0 one step after the last."""
+    if step <= warmup:
+        return step / warmup
+    progress = (step - 1 - warmup) / max(1, steps - warmup)
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[schedule]
+
+
 def joined(p, low):
     """bf16 numbers and their low 16 bits -> fp32, to the bit."""
     return ((p.view(torch.int16).int() << 16) + low).view(torch.float32)

@@ -148,14 +148,6 @@ def check_training_flags(a):
             fail(f"{flag} needs a package that is not there: pip install {name}")
 
 
-def learning_rate(step, steps, warmup, schedule):
-    """Of step 1, 2, ..., as a share of the peak: linear warm-up, then a schedule that would reach 0 one step after the last."""
-    if step <= warmup:
-        return step / warmup
-    progress = (step - 1 - warmup) / max(1, steps - warmup)
-    return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[schedule]
-
-
 # ------------------------------------------------------------------------------------------- processes
 def start_processes(dtype="float32"):
     """Joins torchrun's other processes, if there are any -> this one's device, and the dtype that `auto` means there."""
@@ -318,6 +310,13 @@ def find_checkpoint(args, free):
                if name not in free and then.get(name) != value]
     if changed:
         fail(f"--resume: not the flags that the run in {out} had: {', '.join(changed)}")
+    return folder
+
+
+def go_on_from(args, free):
+    """find_checkpoint, which process 0 does for all."""
+    folder = gather(find_checkpoint(args, free) if RANK == 0 else None)[0]
+    args.micro_batch_size = min(gather(args.micro_batch_size))  # it may have found a smaller one
     return folder
 
 

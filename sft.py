@@ -29,10 +29,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import rewards
-from models import (Optimizer, base_lm, fitting, load_lm, load_policy, load_tokenizer, peak_memory_gb, prepare, prompt_ids,
-                    refresh)
+from models import (Optimizer, base_lm, fitting, learning_rate, load_lm, load_policy, load_tokenizer, peak_memory_gb, prepare,
+                    prompt_ids, refresh)
 from runs import (BAD_STEPS, RANK, WORLD, Flags, Stop, add_training_flags, check_flags, check_training_flags, fail,
-                  find_checkpoint, gather, learning_rate, leave, logger, move_in, note, one_line, open_folder, passes,
+                  gather, go_on_from, leave, logger, move_in, note, one_line, open_folder, passes,
                   read_state, save_checkpoint, start_processes)
 
 FREE = {"resume", "overwrite", "output_dir", "save_every", "keep", "merge", "eval_data", "eval_split", "eval_every",
@@ -215,8 +215,7 @@ def train(args, argv):
     end = end_token(tok)
     rows, held_out = (of and encode(tok, of, args.style, args.max_length, end) for of in (rows, held_out))
     steps = args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
-    folder = gather(find_checkpoint(args, FREE) if RANK == 0 else None)[0]
-    args.micro_batch_size = min(gather(args.micro_batch_size))
+    folder = go_on_from(args, FREE)
 
     # 2. the model
     def load(device, dtype):

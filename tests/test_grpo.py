@@ -999,7 +999,7 @@ def test_clip_shares_are_means_over_the_whole_step(toy, tmp_path, monkeypatch):
 def test_learning_rate_warms_up_and_falls():
     def rates(*more, steps=20):
         a = grpo.parse_args(["--model", "x", "--lr", "1e-3", "--steps", str(steps), *more])
-        return [a.lr * runs.learning_rate(step, a.steps, a.warmup, a.lr_schedule) for step in range(1, steps + 1)]
+        return [a.lr * models.learning_rate(step, a.steps, a.warmup, a.lr_schedule) for step in range(1, steps + 1)]
 
     assert rates("--warmup", "0") == [1e-3] * 20
     assert rates("--warmup", "4")[:5] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])

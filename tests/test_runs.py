@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
+import models
 import runs
 import toys
 
@@ -62,7 +63,7 @@ def test_a_flag_file_reads_like_a_command_line_with_comments(tmp_path, capfd):
 @given(steps=st.integers(1, 300), warmup=st.integers(0, 300))
 def test_the_learning_rate_rises_evenly_to_the_peak_and_never_after(schedule, steps, warmup):
     warmup = min(warmup, steps - 1)
-    rates = [runs.learning_rate(step, steps, warmup, schedule) for step in range(1, steps + 2)]
+    rates = [models.learning_rate(step, steps, warmup, schedule) for step in range(1, steps + 2)]
     rise, fall = rates[:warmup], rates[warmup:]
     assert rise == pytest.approx([i / warmup for i in range(1, warmup + 1)]) and fall[0] == 1
     assert all(a >= b for a, b in zip(fall, fall[1:])) and min(rates[:-1]) > 0
