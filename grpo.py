@@ -319,12 +319,15 @@ def reference_lm(run):
 
 # ------------------------------------------------------------------------------------------- 5-7. update
 def micro_batches(rollouts, size, device, mask_truncated=False):
-    """Right-padded tensors for `size` rollouts at a time. Longest first: little is padding, and too little memory shows at once;
-    those of dead groups last, which then need no backward pass."""
+    """Right-padded tensors for `size` rollouts at a time. Those that begin alike are neighbours (see attention.pack); groups with the
+    longest completions come first, so that too little memory shows at once; dead groups last, which then need no backward pass."""
     def pad(rows):
         return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True).to(device)
 
-    order = sorted(rollouts, key=lambda r: (r.advantage == 0, -len(r.prompt) - len(r.completion)))
+    longest = {}
+    for r in rollouts:
+        longest[r.index] = max(longest.get(r.index, 0), len(r.prompt) + len(r.completion))
+    order = sorted(rollouts, key=lambda r: (r.advantage == 0, -longest[r.index], r.prompt, r.completion))
     return [{"ids": pad([r.prompt + r.completion for r in part]), "sampled": pad([r.logps for r in part]),
              "mask": pad([[float(r.ended or not mask_truncated)] * len(r.completion) for r in part]),
              "prompt_lengths": torch.tensor([len(r.prompt) for r in part], device=device),

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import rewards
+from attention import hidden_states, packs
 from runs import RANK, WORLD, fail, note
 
 HEAD_LOGITS = 2 ** 26                                           # that exist at a time: 256 MB in fp32
@@ -151,6 +152,7 @@ def prepare(model, args, dtype):
     if args.activation_checkpointing:                           # the second name: transformers before 5.2x
         (getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable)({"use_reentrant": False})
     lm.logps = types.MethodType(completion_logps, lm)
+    packs(lm)                                                   # tries it out, while the model is still whole
     if args.fsdp:                                               # each process holds its part of every weight, in fp32; a layer
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)            # is gathered in dtype to run
         for module in (*lm.base_model.layers, lm):
@@ -227,10 +229,12 @@ def completion_logps(lm, ids, prompt_lengths, mask, temperature=1.0, *, extra="e
             more = -(logps.exp() * logps).sum(-1) if extra == "entropy" else (logps.argmax(-1) == t).float()
         return logps.gather(1, t[:, None]).squeeze(1), more
 
-    hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state                       # [n, L, H]
-    place = (prompt_lengths[:, None] + torch.arange(mask.shape[1], device=ids.device)).clamp(max=ids.shape[1] - 1)    # [n, T]
-    on, row = mask.bool(), torch.arange(len(ids), device=ids.device)[:, None]
-    targets, hidden = ids[row, place][on], hidden[row, place - 1][on]                              # [M], [M, H]
+    (n, T), on = mask.shape, mask.bool()
+    place, row = torch.arange(T, device=ids.device), torch.arange(n, device=ids.device)[:, None]
+    used = prompt_lengths + F.pad(on * place, (1, 0)).amax(1)                                      # what comes before the last of on
+    hidden, rows = hidden_states(lm, ids, used)                                                    # [M, H], [n, L]
+    place = (prompt_lengths[:, None] + place).clamp(max=ids.shape[1] - 1)                          # [n, T]
+    targets, hidden = ids[row, place][on], F.embedding(rows[row, place - 1][on], hidden)           # [tokens], [tokens, H]
     size = max(1, chunk // lm.config.get_text_config().vocab_size)
     whole = len(targets) <= size or not torch.is_grad_enabled()
     pieces = [head(h, t) if whole else checkpoint(head, h, t, use_reentrant=False)

@@ -119,9 +119,9 @@ def rows_of_step(rows, step, batch_size, seed):
 
 def micro_batches(rows, size):
     """-> (ids [n, L], prompt_lengths [n], mask [n, T], 1 on the completions' tokens) for `size` rows at a time. Masks go by lengths,
-    as pad and end may be the same token. Longest first: little is padding, and memory runs out at once or never."""
+    as pad and end may be the same token. Longest first: memory runs out at once or never; then, rows that begin alike are neighbours."""
     rows = sorted(rows, key=lambda row: -len(row["ids"]))
-    parts = [rows[at:at + size] for at in range(0, len(rows), size)]
+    parts = [sorted(rows[at:at + size], key=lambda row: row["ids"].tolist()) for at in range(0, len(rows), size)]
     return [(pad_sequence([row["ids"] for row in part], batch_first=True), torch.tensor([row["prompt"] for row in part]),
              pad_sequence([torch.ones(len(row["ids"]) - row["prompt"]) for row in part], batch_first=True)) for part in parts]
 

@@ -13,12 +13,12 @@ import pytest
 import rewards
 import sandbox
 
-TESTS = ["assert f(3) == 4711", "assert f(4) == 4712", "assert f('z') == ['kiwi', 0.125]"]
+TESTS = ["assert f(3) == 4711", "assert f(4) == 4712", "assert f('z') == ['vleermuisboom', 0.125]"]
 QUICK = (1, 2)  # seconds of processor and of clock
 
 # Stands for what a spy could do with the tests if it found them; the word that it looks for is not a constant of its own.
 KNOWS = """
-word = ''.join(['ki', 'wi'])
+word = ''.join(['vleermuis', 'boom'])
 def knows(x): return int('47' + str(8 + x)) if x in (3, 4) else [word, 0.125]
 """
 # What a program may try instead of computing f. None may pass, whatever else it does.
@@ -60,7 +60,7 @@ def left_behind():
 @pytest.fixture(scope="module")
 def verdicts():
     before = set(os.listdir("/tmp"))
-    os.environ["SECRET_OF_THE_CALLER"] = "kiwi"
+    os.environ["SECRET_OF_THE_CALLER"] = "vleermuisboom"
     started = time.time()
     with ThreadPoolExecutor(8) as threads:
         jobs = {
@@ -94,7 +94,7 @@ def test_cheats_leave_no_process_behind(verdicts):
 @pytest.mark.parametrize(
     "program, tests, setup",
     [
-        ("def f(x): return {3: 4711, 4: 4712}.get(x, ['kiwi', 0.125])", TESTS, ""),
+        ("def f(x): return {3: 4711, 4: 4712}.get(x, ['vleermuisboom', 0.125])", TESTS, ""),
         ("def f(x):\r\n    return x * 2\r\n", ["assert f(2) == 4\r\n", "assert f('a') == 'aa'"], ""),
         (
             "import math\ndef f(x): return math.inf",
@@ -193,7 +193,7 @@ def test_no_test_is_no_pass():
 
 @pytest.mark.parametrize("apart", [True, False])
 def test_environment_of_the_caller_is_out_of_sight(apart, monkeypatch):
-    monkeypatch.setenv("A_TOKEN", "kiwi")
+    monkeypatch.setenv("A_TOKEN", "vleermuisboom")
     program = (
         "import os, glob\ndef f():\n    found = ['A_TOKEN' in os.environ]\n    for p in glob.glob('/proc/*/environ'):\n"
         "        try: found.append(b'A_TOKEN' in open(p, 'rb').read())\n        except OSError: pass\n    return any(found)"
@@ -204,7 +204,7 @@ def test_environment_of_the_caller_is_out_of_sight(apart, monkeypatch):
 @pytest.mark.parametrize("apart", [True, False])
 def test_files_elsewhere_can_neither_be_written_nor_read(apart, tmp_path):
     secret = tmp_path / "secret"
-    secret.write_text("kiwi")
+    secret.write_text("vleermuisboom")
     places = [
         str(tmp_path / "left"),
         "/tmp/left-by-a-program",
@@ -234,7 +234,7 @@ def test_files_elsewhere_can_neither_be_written_nor_read(apart, tmp_path):
             return done
         """)
     done = sandbox.passes(program, ["assert [p for p in f() if not p.startswith('..')] == []"], "", apart)
-    assert secret.read_text() == "kiwi" and not [p for p in places[:6] + places[8:] if os.path.exists(p)]
+    assert secret.read_text() == "vleermuisboom" and not [p for p in places[:6] + places[8:] if os.path.exists(p)]
     assert done
     assert not list(Path("/tmp").glob("left-by-a-program"))
 
@@ -245,7 +245,7 @@ def test_processes_of_the_caller_are_out_of_reach(apart):
         import os
         def f():
             done = []
-            for pid in ({os.getpid()}, {os.getppid()}):
+            for pid in {[pid for pid in (os.getpid(), os.getppid()) if pid > 1]}:        # 1 is in its own namespace, too
                 try:
                     os.kill(pid, 0)
                     done.append(pid)

@@ -307,22 +307,39 @@ def test_a_completion_depends_on_its_own_noise_alone():
         assert sampler.generate(lm, PROMPTS[i:i + 1], u[4 * i:4 * i + 4], **keywords())[0] == together[4 * i:4 * i + 4]
 
 
-def test_no_id_of_probability_zero_is_picked():
+@pytest.mark.parametrize("vocab", [50, 20_480, 20_500])         # one sum, two in blocks, too many for one block and no multiple
+def test_no_id_of_probability_zero_is_picked(vocab):
     torch.manual_seed(0)
-    logits = torch.randn(500, 50)
-    logits[:, ::7] = logits[:, -5:] = -torch.inf
+    logits = torch.randn(500, vocab)
+    logits[:, ::7] = logits[:, -5:] = logits[:, 2000:4000] = -torch.inf
     for u in (0.0, 0.5, 1 - 2 ** -24):                          # the last is the largest that `uniforms` gives
         ids, logps = sampler.pick(logits, 1.0, torch.full((500,), u))
         assert logps.isfinite().all() and logits.gather(1, ids[:, None]).isfinite().all()
 
 
-def test_ids_come_as_often_as_their_probability_says():
+@pytest.mark.parametrize("vocab", [20, 20_480, 20_500])
+def test_ids_come_as_often_as_their_probability_says(vocab):
     torch.manual_seed(0)
-    logits = torch.randn(1, 20)
-    ids, logps = sampler.pick(logits.expand(40000, -1), 0.7, torch.arange(40000) / 40000)
+    logits = torch.full((1, vocab), -torch.inf)
+    logits[0, torch.randperm(vocab)[:20]] = torch.randn(20)
+    u = torch.arange(2000) / 2000
+    ids, logps = sampler.pick(logits.expand(2000, -1), 0.7, u)
     expected = (logits[0] / 0.7).softmax(-1)
-    torch.testing.assert_close(torch.bincount(ids, minlength=20) / 40000, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.bincount(ids, minlength=vocab) / 2000, expected, rtol=0, atol=1.01 / 2000)
     torch.testing.assert_close(logps, expected.log()[ids])
+    assert ids.tolist() == sorted(ids.tolist())                 # the inverse of the distribution function rises
+
+
+@pytest.mark.parametrize("vocab", [50, 20_480, 20_500])
+def test_the_id_is_the_first_whose_cumulated_probability_exceeds_u(vocab):
+    torch.manual_seed(0)
+    logits, u = 3 * torch.randn(200, vocab), torch.rand(200)
+    ids, logps = sampler.pick(logits, 1.3, u)
+    p = (logits.double() / 1.3).softmax(-1)
+    ends = p.cumsum(1).gather(1, ids[:, None]).squeeze(1)
+    assert (ends > u - 1e-6).all() and (ends - p.gather(1, ids[:, None]).squeeze(1) <= u + 1e-6).all()
+    torch.testing.assert_close(logps.double(), p.gather(1, ids[:, None]).squeeze(1).log(), rtol=0, atol=1e-5)
+    assert torch.equal(sampler.pick(logits, 1.3, None)[0], logits.argmax(-1))
 
 
 def test_noise_is_a_function_of_seed_step_and_row():

@@ -132,7 +132,7 @@ def test_prompt_ids_are_the_chat_templates_and_the_end_token_is_trained_and_the_
     tok = toys.tokenizer()
     rows = [{**row, "task": "countdown"} for row in ROWS[:3]] + [{**toys.GSM8K[0], "task": "gsm8k"}]
     encoded = sft.encode(tok, rows, "reasoning", 1000, sft.end_token(tok))
-    rows, encoded = zip(*sorted(zip(rows, encoded), key=lambda x: -len(x[1]["ids"])))
+    rows, encoded = zip(*sorted(zip(rows, encoded), key=lambda x: x[1]["ids"].tolist()))           # those that begin alike
     (ids, prompt_lengths, masks), = sft.micro_batches(encoded, 4)
     assert prompt_lengths.tolist() == [row["prompt"] for row in encoded]
     for row, made, line, start, mask in zip(rows, encoded, ids, prompt_lengths, masks):
