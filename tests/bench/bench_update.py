@@ -1,8 +1,10 @@
 """Model FLOPs utilisation of an update of grpo.py and of sft.py: 6 x parameters x tokens (prompts included, padding not), over the
 seconds that an update takes, gradient clipping and the optimiser included, over the rate of a matrix product measured here.
 
-A model of the true shape with random weights is trained on random ids. Log-probabilities, entropies, the KL's reference pass (with
---beta) and the second forward of --activation_checkpointing cost time and are not counted as useful.
+A model of the true shape with random weights is trained on random ids, in grpo.py on --group_size completions a prompt. A prompt is
+computed once for those of its completions that are in one micro-batch; so there are two figures: with every completion's prompt
+counted, as one that computes them all would have to, and with only the tokens that are computed. Log-probabilities, entropies, the
+KL's reference pass (with --beta) and the second forward of --activation_checkpointing cost time and are not counted.
 
     python tests/bench/bench_update.py                                                       # CPU: the tiny shape
     python tests/bench/bench_update.py --shape qwen2.5-3b --micro_batch_size 16              # GPU
@@ -26,6 +28,7 @@ p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatt
 p.add_argument("--shape", default="tiny", help="of the model; see shapes.py")
 p.add_argument("--what", choices=["grpo", "sft"], nargs="+", default=["grpo", "sft"])
 p.add_argument("--rows", type=int, default=256, help="completions an update")
+p.add_argument("--group_size", type=int, default=8, help="completions a prompt, of grpo.py")
 p.add_argument("--prompt_length", type=int, help="tokens; 150, tiny: 12")
 p.add_argument("--completion_length", type=int, help="tokens at most, a quarter of it at least; 512, tiny: 64")
 p.add_argument("--rounds", type=int, default=5, help="updates of each, after one that is not counted")
@@ -39,19 +42,25 @@ bandwidth, rate = shapes.peaks(device, dtype)
 print(shapes.machine(device, bandwidth, rate))
 rng, vocabulary = random.Random(0), shapes.SHAPES[a.shape][5]
 lengths = [rng.randint(longest // 4, longest) for _ in range(a.rows)]
-ids = [[rng.randrange(vocabulary) for _ in range(prompt + n)] for n in lengths]
 
 
-def grpo_update(folder):
-    args = grpo.parse_args(["--model", folder, "--group_size", "2", "--max_new_tokens", str(longest), "--beta", "0", "--warmup", "0",
-                            *more])
+def draw(group):
+    """Rows of ids, of which each `group` have a prompt in common."""
+    prompts = [[rng.randrange(vocabulary) for _ in range(prompt)] for _ in range(0, a.rows, group)]
+    return [prompts[i // group] + [rng.randrange(vocabulary) for _ in range(n)] for i, n in enumerate(lengths)]
+
+
+def grpo_update(folder, ids):
+    args = grpo.parse_args(["--model", folder, "--group_size", str(a.group_size), "--max_new_tokens", str(longest), "--beta", "0",
+                            "--warmup", "0", *more])
     tokenizer, eos_ids, _ = models.load_tokenizer(folder)
-    run = grpo.build(args, tokenizer, eos_ids, [{}] * 4, [], device, dtype)
-    rollouts = [grpo.Rollout(0, x[:prompt], x[prompt:], torch.zeros(len(x) - prompt), True, "", {}, rng.choice([-1.0, 1.0])) for x in ids]
+    run = grpo.build(args, tokenizer, eos_ids, [{}] * a.rows, [], device, dtype)
+    rollouts = [grpo.Rollout(i // a.group_size, x[:prompt], x[prompt:], torch.zeros(len(x) - prompt), True, "", {}, rng.choice([-1.0, 1.0]))
+                for i, x in enumerate(ids)]
     return lambda: grpo.update(run, rollouts, 1.0, 1.0), run.model
 
 
-def sft_update(folder):
+def sft_update(folder, ids):
     args = sft.parse_args(["--model", folder, "--batch_size", str(a.rows), "--steps", "100", *more])
     model = models.load_policy(args, device, dtype)
     logps, optimizer = models.prepare(model, args, dtype), models.Optimizer(model, args)
@@ -61,17 +70,22 @@ def sft_update(folder):
 
 
 for what in a.what:
+    ids = draw(a.group_size if what == "grpo" else 1)
     with tempfile.TemporaryDirectory() as folder:
         shapes.save(a.shape, folder, device, dtype)
-        update, model = {"grpo": grpo_update, "sft": sft_update}[what](folder)
-    size, tokens, took = sum(x.numel() for x in models.base_lm(model).parameters()), sum(map(len, ids)), []
-    for _ in range(a.rounds + 1):
+        update, model = {"grpo": grpo_update, "sft": sft_update}[what](folder, ids)
+    lm, took, computed = models.base_lm(model), [], []
+    with lm.base_model.register_forward_pre_hook(lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True):
+        shapes.once(update)
+    for _ in range(a.rounds):
         took.append(shapes.once(update))
-    median, rate = statistics.median(took[1:]), max(rate, shapes.peaks(device, dtype)[1])          # a busy machine is measured twice
+    size, tokens, median = sum(x.numel() for x in lm.parameters()), sum(map(len, ids)), statistics.median(took)
+    rate = max(rate, shapes.peaks(device, dtype)[1])            # a busy machine is measured twice
     memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB at the peak" if device.type == "cuda" else ""
     print(f"{what}.py {' '.join(more)}: {size / 1e6:,.1f} M parameters, {str(dtype)[6:]}, {a.rows} rows of {prompt} + {min(lengths)} to "
-          f"{max(lengths)} tokens: {median:.3f} s an update ({min(took[1:]):.3f} to {max(took[1:]):.3f}), {tokens / median:,.0f} tokens/s, "
-          f"{6 * size * tokens / median / rate:.1%} of the matrix rate{memory}", flush=True)
-    del update, model
+          f"{max(lengths)} tokens: {median:.3f} s an update ({min(took):.3f} to {max(took):.3f}), {tokens / median:,.0f} tokens/s, "
+          f"{6 * size * tokens / median / rate:.1%} of the matrix rate; {sum(computed) / tokens:.0%} of the tokens are computed: "
+          f"{6 * size * sum(computed) / median / rate:.1%}{memory}", flush=True)
+    del update, model, lm
     torch.cuda.empty_cache()
     device.type == "cuda" and torch.cuda.reset_peak_memory_stats()
