@@ -92,20 +92,23 @@ def hidden_states(lm, ids, lengths):
 @torch.no_grad()
 def packs(lm):
     """Whether this model can be given packed rows: tried once, on four short ones."""
+    if hasattr(lm, "packed"):
+        return lm.packed
     config = lm.config.get_text_config()
-    if not hasattr(lm, "packed"):
-        lm.packed = config._attn_implementation == "sdpa" and {*(getattr(config, "layer_types", None) or ())} <= {"full_attention"}
+    lm.packed = config._attn_implementation == "sdpa" and {*(getattr(config, "layer_types", None) or ())} <= {"full_attention"}
+    if lm.packed:
         ids, lengths = torch.arange(64, device=lm.device).view(4, 16) % config.vocab_size, torch.tensor([16, 11, 13, 5], device=lm.device)
-        ids[1:3, :6] = ids[0, :6]
+        ids[1:3, :6], real = ids[0, :6], torch.arange(16, device=lm.device) < lengths[:, None]
+        plain = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        config._attn_implementation = "packed"
         try:
-            config._attn_implementation = "packed" if lm.packed else config._attn_implementation
             ours, rows = hidden_states(lm, ids, lengths)
-            real = torch.arange(16, device=lm.device) < lengths[:, None]
-            same(lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[real], ours[rows[real]])
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:                                       # of any kind: a model that this is not made for
+            same(plain[real], ours[rows[real]])
+        except Exception as err:                                # of any kind: a model that this is not made for
             lm.packed, config._attn_implementation = False, "sdpa"
+            if isinstance(err, torch.OutOfMemoryError):
+                del lm.packed
+                raise
     return lm.packed
 
 

@@ -224,10 +224,12 @@ def completion_logps(lm, ids, prompt_lengths, mask, temperature=1.0, *, extra="e
     The head sees only completion positions, a few at a time, so that `chunk` logits exist at once, never [n, L, vocabulary]; the
     backward pass computes them again."""
     def head(h, t):
-        logps = (lm.get_output_embeddings()(h).float() / temperature).log_softmax(-1)              # fp32: bf16 ratios are noise
-        with torch.no_grad():
+        logits = lm.get_output_embeddings()(h).float()                                             # fp32: bf16 ratios are noise
+        logps = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+        logp = logps.gather(1, t[:, None]).squeeze(1)
+        with torch.no_grad():                                   # comes last: the backward pass computes again what is before it
             more = -(logps.exp() * logps).sum(-1) if extra == "entropy" else (logps.argmax(-1) == t).float()
-        return logps.gather(1, t[:, None]).squeeze(1), more
+        return logp, more
 
     (n, T), on = mask.shape, mask.bool()
     place, row = torch.arange(T, device=ids.device), torch.arange(n, device=ids.device)[:, None]

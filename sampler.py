@@ -117,7 +117,7 @@ def generate(model, prompts, noise, *, max_new_tokens, temperature, eos_ids, pad
 
 
 # ------------------------------------------------------------------------------------------- fixed shapes
-BATCHES = (8, 16, 24, 32, 48, 64, 96, 128, 192, *range(256, 1024, 128), *range(1024, 8193, 1024))   # rows of a captured step
+BATCHES = (8, 16, 24, 32, 48, 64, 96, 128, 192, *range(256, 1024, 128), *range(1024, 2 ** 17, 1024))  # rows of a captured step
 COLUMNS = 128                                                   # its attention reads a multiple of so many tokens
 LOOK = 8                                                        # steps between looks at which rows have ended
 

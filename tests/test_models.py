@@ -154,6 +154,24 @@ def test_hits_are_where_the_likeliest_token_stands_whatever_the_chunks(chunk, te
     assert 0.3 < hit.sum() / mask.sum() < 0.8 and logp.requires_grad and not hit.requires_grad
 
 
+def test_the_backward_pass_of_a_head_in_chunks_computes_logits_again_and_entropies_not():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(function)
+            return function(*args, **(kwargs or {}))
+
+    lm, mask = toys.model(), torch.ones(4, 15)
+    forward, calls = None, []
+    with Count():
+        logp, _ = models.completion_logps(lm, torch.arange(80).view(4, 20), torch.full((4,), 5), mask, 0.7, chunk=20 * toys.VOCAB)
+        forward, calls = calls, []
+        logp.sum().backward()
+    for op, first, again in ((torch.ops.aten._log_softmax.default, 3, 3), (torch.ops.aten.exp.default, 3, 0)):         # 60 tokens
+        assert (forward.count(op), calls.count(op)) == (first, again)
+
+
 # ---------------------------------------------------------------- a policy as one plain model
 @pytest.mark.parametrize("changes", [dict(lora_rank=4), dict(lora_rank=4, load_in_4bit=True)], ids=["lora", "qlora"])
 def test_refresh_writes_the_model_that_an_adapter_on_a_base_with_biases_amounts_to_and_changes_nothing_in_it(tmp_path, changes):

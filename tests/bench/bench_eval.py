@@ -80,11 +80,9 @@ def limit(lengths):
     attention = 4 * layers * config.num_attention_heads * head                                 # FLOPs of a token for each it looks at
     seen = sum(len(x) * (len(x) + 1) / 2 for x in prompts)
     prefill = 2 * (size - embedding) * sum(map(len, prompts)) + 2 * embedding * a.prompts + attention * seen
-    new = {i: n - 1 for i, n in lengths.items()}                                              # the first token comes of the prefill
-    seen = sum(len(prompts[i]) * n + n * (n + 1) / 2 for i, n in new.items())
+    new = [lengths[i] - 1 for i in range(a.prompts)]             # the first token comes of the prefill
     steps = sum(max(new[i] for i in batch) for batch in batches)
-    read = (steps * size + seen * 2 * layers * config.num_key_value_heads * head) * dtype.itemsize
-    return prefill / rate, max(read / bandwidth, (2 * size * sum(new.values()) + attention * seen) / rate)
+    return prefill / rate, shapes.limit(lm, map(len, prompts), new, steps, bandwidth, rate)
 
 
 print(shapes.machine(device, bandwidth, rate))

@@ -90,20 +90,6 @@ def theirs(seed):
     return torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1]).tolist()
 
 
-def limit(lengths):
-    """Seconds that completions of these lengths take at the least"""
-    config = model.config.get_text_config()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = sum(x.numel() for x in model.parameters())
-    if not config.tie_word_embeddings:
-        size -= model.get_input_embeddings().weight.numel()           # of which a step reads a few rows
-    starts = [len(x) for x in prompts for _ in range(a.group_size)]
-    context = sum(start * n + n * (n + 1) / 2 for start, n in zip(starts, lengths))         # columns that the tokens attend to
-    cached = context * 2 * config.num_hidden_layers * config.num_key_value_heads * head
-    flops = 2 * size * sum(lengths) + 4 * config.num_hidden_layers * config.num_attention_heads * head * context
-    return max((max(lengths) * size + cached) * dtype.itemsize / bandwidth, flops / rate)
-
-
 bandwidth, rate = shapes.peaks(device, dtype)
 print(shapes.machine(device, bandwidth, rate))
 print(f"{a.model or a.shape}: {sum(x.numel() for x in model.parameters()) / 1e6:,.1f} M parameters, {str(dtype)[6:]}; {a.prompts} "
@@ -111,14 +97,15 @@ print(f"{a.model or a.shape}: {sum(x.numel() for x in model.parameters()) / 1e6:
 
 run = {"Sampler": lambda seed: ours(fast, seed), "transformers": theirs,
        "plain": lambda seed: ours(lambda *x, **y: sampler.generate(model, *x, **y), seed)}
-found = {name: [] for name in a.samplers}
+found, starts = {name: [] for name in a.samplers}, [len(x) for x in prompts for _ in range(a.group_size)]
 for seed in range(a.rounds + 1):
     for name in a.samplers:
         start = time.perf_counter()
         lengths = run[name](seed)
         took = time.perf_counter() - start
         if seed:
-            found[name].append((sum(lengths) / took, limit(lengths) / took, statistics.mean(lengths)))
+            least = shapes.limit(model, starts, lengths, max(lengths), bandwidth, rate)
+            found[name].append((sum(lengths) / took, least / took, statistics.mean(lengths)))
         elif name == "Sampler":
             print(f"Sampler: {fast.why_plain or ('graphs' if fast.graphs else 'no graphs')}, the first time {took:.1f} s", flush=True)
 for name, rounds in found.items():

@@ -6,10 +6,13 @@ update a step, no activation checkpointing, nothing saved). Steps alternate one 
 are left out. A made model gets its rewards by a coin that is a function of the text, so that no group is dead (grpo.py makes no
 backward pass for those); it never ends a completion, or does so at random (--mean_length). A trained --model earns what it earns.
 
+The limit is that of decoding (see shapes.limit) and 6 FLOPs a parameter and token of prompts and completions, at the copy bandwidth and
+the matrix rate measured here; grpo.py's completions are counted for both.
+
     python tests/bench/bench_step.py                         # the tiny model of sft.py, random weights
     python tests/bench/bench_step.py --mean_length 30
     python tests/bench/bench_step.py --model runs/tiny-sft --prompts 16 --group_size 16 --max_new_tokens 80
-    python tests/bench/bench_step.py --shape qwen2.5-3b --prompts 32 --prompt_length 150 --max_new_tokens 512 --micro_batch_size 8   # GPU
+    python tests/bench/bench_step.py --shape qwen2.5-3b --prompts 32 --prompt_length 150 --max_new_tokens 512 --micro_batch_size 8 --steps 4
     python tests/bench/bench_step.py --shape qwen2.5-3b ... --continuous_batching                   # TRL's other in-process backend
 """
 import argparse
@@ -88,6 +91,7 @@ def coin(tasks, texts, rows, *more, **others):
 if made:
     rewards.score_batch = coin
 run = grpo.build(args, tokenizer, eos_ids, data, [], device, dtype)
+size, (bandwidth, rate) = sum(x.numel() for x in run.model.parameters()), shapes.peaks(device, dtype)
 
 
 def ends_at_random(module, inputs, logits):
@@ -109,7 +113,7 @@ def reward(prompts, completion_ids, index, **others):
 
 class Alternate(TrainerCallback):
     """After each step of TRL's one of ours. A step of TRL's begins where ours ended, so that its data loading counts too."""
-    mine, theirs, lengths, sampling, dead, since = [], [], [], [], [], None
+    mine, theirs, lengths, sampling, dead, least, since = [], [], [], [], [], [], None
 
     def on_step_begin(self, *_, **__):
         self.since = self.since or time.perf_counter()
@@ -125,6 +129,8 @@ class Alternate(TrainerCallback):
         self.lengths.append(metrics["completion_length"])
         self.dead.append(metrics["frac_reward_zero_std"])
         self.sampling.append(metrics["sample_seconds"])
+        starts, new = ([len(part) for part in parts] for parts in zip(*((r.prompt, r.completion) for r in first)))
+        self.least.append(shapes.limit(run.model, starts, new, max(new), bandwidth, rate) + 6 * size * (sum(starts) + sum(new)) / rate)
         self.since = time.perf_counter()
 
 
@@ -148,13 +154,13 @@ with contextlib.redirect_stdout(io.StringIO()):
     trainer.train()
 lengths = alternate.lengths, [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row]
 mine, theirs = alternate.mine[2:], alternate.theirs[2:]
-size = sum(x.numel() for x in run.model.parameters()) / 1e6
-where = torch.cuda.get_device_name() if device.type == "cuda" else f"{a.threads} threads"
-print(f"{size:.1f} M parameters, {str(dtype)[6:]}, {where}; {a.prompts} prompts x {a.group_size}, at most "
-      f"{a.max_new_tokens} tokens; {len(mine)} alternating steps")
+least = statistics.median(alternate.least[2:])
+print(shapes.machine(device, bandwidth, rate))
+print(f"{size / 1e6:.1f} M parameters, {str(dtype)[6:]}; {a.prompts} prompts x {a.group_size}, at most {a.max_new_tokens} tokens; "
+      f"{len(mine)} alternating steps")
 for name, seconds, length in (("grpo.py", mine, lengths[0]), (f"TRL {trl.__version__}", theirs, lengths[1])):
     print(f"{name:10}  median {statistics.median(seconds):.3f} s a step  ({min(seconds):.3f} to {max(seconds):.3f}), "
-          f"mean completion {statistics.mean(length[2:]):.1f} tokens")
+          f"{least / statistics.median(seconds):.1%} of the limit, mean completion {statistics.mean(length[2:]):.1f} tokens")
 print(f"grpo.py samples and scores for {statistics.median(alternate.sampling[2:]):.3f} s of it; {statistics.mean(alternate.dead[2:]):.0%} "
       "of its groups were dead")
 print(f"ratio       {statistics.median(theirs) / statistics.median(mine):.2f}  (step by step: "

@@ -75,7 +75,8 @@ for what in a.what:
         shapes.save(a.shape, folder, device, dtype)
         update, model = {"grpo": grpo_update, "sft": sft_update}[what](folder, ids)
     lm, took, computed = models.base_lm(model), [], []
-    with lm.base_model.register_forward_pre_hook(lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True):
+    count = lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel())              # noqa: E731
+    with lm.base_model.register_forward_pre_hook(count, with_kwargs=True):
         shapes.once(update)
     for _ in range(a.rounds):
         took.append(shapes.once(update))

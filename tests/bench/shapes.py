@@ -81,3 +81,18 @@ def machine(device, bandwidth, rate):
     name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     return (f"{name}, torch {torch.__version__}, transformers {transformers.__version__}: copies {bandwidth / 1e9:,.0f} GB/s, "
             f"multiplies {rate / 1e12:,.2f} TFLOP/s")
+
+
+def limit(model, starts, lengths, steps, bandwidth, rate):
+    """Seconds that it takes at the least to decode `lengths` tokens after `starts` tokens, a number of each for each row, in so many
+    steps: the larger of two times. Each step reads the weights and the keys and values of the rows alive once; each token costs 2
+    FLOPs a parameter and those of its attention."""
+    config = model.config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size, itemsize = sum(x.numel() for x in model.parameters()), model.dtype.itemsize
+    if not config.tie_word_embeddings:
+        size -= model.get_input_embeddings().weight.numel()     # of which a step reads a few rows
+    seen = sum(start * n + n * (n + 1) / 2 for start, n in zip(starts, lengths, strict=True))       # columns that the tokens attend to
+    cached = seen * 2 * config.num_hidden_layers * config.num_key_value_heads * head
+    flops = 2 * size * sum(lengths) + 4 * config.num_hidden_layers * config.num_attention_heads * head * seen
+    return max((steps * size + cached) * itemsize / bandwidth, flops / rate)
