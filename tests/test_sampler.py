@@ -157,6 +157,49 @@ def test_a_step_never_waits_for_the_host(kind, greedy):
         torch.ones(3).sum().item()
 
 
+@pytest.mark.skipif(not torch.version.cuda, reason="this build of torch knows no CUDA; it takes no GPU")
+def test_on_a_gpu_nothing_lies_on_two_devices_and_no_step_waits_for_the_host(monkeypatch):
+    """On tensors that are on the GPU by name only: PyTorch computes their shapes and devices, and refuses to look into one."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    real = torch.tensor
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda x: id(x))
+    monkeypatch.setattr(torch, "tensor", lambda x, device=None, **kw: torch.zeros(
+        real(x, **kw).shape, dtype=real(x, **kw).dtype, device=device))
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(dtype=torch.bfloat16, config=Qwen2Config(
+            vocab_size=20_480, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
+
+    def move(module):
+        for kind in (module._parameters, module._buffers):
+            for name, x in kind.items():
+                new = None if x is None else torch.empty(x.shape, dtype=x.dtype, device="cuda")
+                kind[name] = torch.nn.Parameter(new, requires_grad=False) if isinstance(x, torch.nn.Parameter) else new
+
+    with FakeTensorMode(), torch.inference_mode():
+        lm = lm.eval().apply(move)
+        fast, u = sampler.Sampler(lm), torch.rand(8, 30)
+        assert fast.graphs and fast.multiple == sampler.COLUMNS
+        for prompts in ([[5] * 20] * 2, [[5] * 90 + [i] for i in range(2)]):                   # the second with a shared beginning
+            logits, cache, mask = sampler.prefill(lm, prompts, 0)
+            rows = fast.start(8, 30, 4, logits, cache, mask, u, 1.0, [1, 2])
+            fast.choose(logits.repeat_interleave(4, 0), 8, False)
+            with fast.fast():
+                for greedy in (False, True):
+                    fast.step(rows, sampler.COLUMNS, greedy)
+            assert {x.device.type for x in tensors(fast)} == {"cuda"}
+        hidden = torch.zeros(1, 9, dtype=torch.long, device="cuda")
+        layout = [torch.zeros(2, 5, dtype=torch.long, device="cuda"), torch.zeros(1, 3, dtype=torch.long, device="cuda")], hidden[0]
+        lm.config._attn_implementation = "packed"
+        here = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="cuda")
+        out = lm.base_model(input_ids=hidden, position_ids=hidden, attention_mask=here, layout=layout, use_cache=False)
+        assert out.last_hidden_state.shape == (1, 9, 32) and out.last_hidden_state.device.type == "cuda"
+        with pytest.raises(Exception, match="devices"):         # the ruler measures
+            fast.token + torch.ones(8)
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            int(fast.done.sum())
+
+
 def test_the_model_is_left_as_it_was_also_after_an_exception():
     lm, calls = model(Qwen3Config), []
     usual = lm.config._attn_implementation
