@@ -1,32 +1,18 @@
 """Packed rows give what padded rows give, and compute nothing twice."""
 import pytest
 import torch
-from transformers import (AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MambaConfig, MistralConfig, Qwen2Config,
-                          Qwen3Config)
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MambaConfig, MistralConfig, Qwen2Config
 
 import attention
 import models
 import toys
+from toys import KINDS
+from toys import small as model
 
 VOCAB = 64
-KINDS = {"llama": (LlamaConfig, {}), "qwen2": (Qwen2Config, {}), "qwen3": (Qwen3Config, {}),
-         "untied": (Qwen2Config, {"tie_word_embeddings": False}), "a head each": (LlamaConfig, {"num_key_value_heads": 4}),
-         "gpt2": (GPT2Config, {"n_head": 4, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0})}
 STRANGE = {"window": (MistralConfig, {"sliding_window": 6}), "capped": (Gemma2Config, {"final_logit_softcapping": None}),
            "recurrent": (MambaConfig, {"state_size": 4}),
            "windows in some layers": (Qwen2Config, {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1})}
-
-
-def model(kind, seed=0, **config):
-    torch.manual_seed(seed)
-    config = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "initializer_range": 0.2,
-              "bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | config
-    lm = AutoModelForCausalLM.from_config(kind(**config)).eval()
-    for name, x in lm.named_parameters():                       # norms and biases come as ones and zeros
-        if x.dim() == 1:
-            x.data += 0.2 * torch.randn_like(x)
-    return lm
 
 
 def batch(groups=3, size=4, seed=0):

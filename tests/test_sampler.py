@@ -5,24 +5,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig, Qwen2Config, Qwen3Config
 
 import sampler
+from toys import KINDS
+from toys import small as model
 
-VOCAB, ENDS = 64, [0, 1, 2]
+ENDS = [0, 1, 2]
 PROMPTS = [[5, 6, 7], [9] * 11, [30, 31], [8, 7, 6, 5, 4]]
-
-
-def model(kind=LlamaConfig, seed=0, **config):
-    torch.manual_seed(seed)
-    config = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2, "head_dim": 8,
-              "bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | config
-    lm = AutoModelForCausalLM.from_config(kind(**config)).eval()
-    for name, x in lm.named_parameters():                       # norms and biases come as ones and zeros
-        if x.dim() == 1:
-            x.data += 0.2 * torch.randn_like(x)
-    return lm
 
 
 def bucketed(lm, **options):
@@ -44,10 +34,6 @@ def assert_same(found, expected):
     assert found[0] == expected[0]
     for a, b in zip(found[1], expected[1], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-
-
-KINDS = {"llama": (LlamaConfig, {}), "qwen2": (Qwen2Config, {}), "qwen3": (Qwen3Config, {}), "one head each": (LlamaConfig, {
-    "num_key_value_heads": 4}), "untied": (Qwen2Config, {"tie_word_embeddings": False}), "gpt2": (GPT2Config, {"n_head": 4})}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
+                          Qwen3Config)
 
 END, USER, ASSISTANT, UNKNOWN = "<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"
 TAGS = ["<reasoning>", "</reasoning>", "<think>", "</think>", "<answer>", "</answer>"]
@@ -44,6 +45,25 @@ def model(seed=0, std=0.1, vocab=VOCAB, hidden=64, layers=2, tied=True, **config
         "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": std,
         "tie_word_embeddings": tied, "eos_token_id": 0, "bos_token_id": None, "pad_token_id": None} | config)).eval()
+
+
+# Models with plain attention, of many kinds: name -> its config's class, what it is besides small
+KINDS = {"llama": (LlamaConfig, {}), "qwen2": (Qwen2Config, {}), "qwen3": (Qwen3Config, {}),
+         "untied": (Qwen2Config, {"tie_word_embeddings": False}), "one head each": (LlamaConfig, {"num_key_value_heads": 4}),
+         "gpt2": (GPT2Config, {"n_head": 4, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0})}
+
+
+def small(kind=LlamaConfig, seed=0, **config):
+    """A random model of this kind, of 64 ids."""
+    torch.manual_seed(seed)
+    config = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2, "head_dim": 8,
+              "bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | config
+    lm = AutoModelForCausalLM.from_config(kind(**config)).eval()
+    for name, x in lm.named_parameters():                       # norms and biases come as ones and zeros
+        if x.dim() == 1:
+            x.data += 0.2 * torch.randn_like(x)
+    return lm
 
 
 def write(path, rows):
