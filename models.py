@@ -232,10 +232,10 @@ def completion_logps(lm, ids, prompt_lengths, mask, temperature=1.0, *, extra="e
         return logp, more
 
     (n, T), on = mask.shape, mask.bool()
-    place, row = torch.arange(T, device=ids.device), torch.arange(n, device=ids.device)[:, None]
-    used = prompt_lengths + F.pad(on * place, (1, 0)).amax(1)                                      # what comes before the last of on
+    row, column = torch.arange(n, device=ids.device)[:, None], torch.arange(T, device=ids.device)
+    used = prompt_lengths + F.pad(on * column, (1, 0)).amax(1)                                     # what comes before the last of on
     hidden, rows = hidden_states(lm, ids, used)                                                    # [M, H], [n, L]
-    place = (prompt_lengths[:, None] + place).clamp(max=ids.shape[1] - 1)                          # [n, T]
+    place = (prompt_lengths[:, None] + column).clamp(max=ids.shape[1] - 1)                         # [n, T]
     targets, hidden = ids[row, place][on], F.embedding(rows[row, place - 1][on], hidden)           # [tokens], [tokens, H]
     size = max(1, chunk // lm.config.get_text_config().vocab_size)
     whole = len(targets) <= size or not torch.is_grad_enabled()

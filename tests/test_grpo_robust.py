@@ -426,7 +426,9 @@ def test_too_little_memory_halves_the_micro_batch_and_the_update_is_the_same(toy
     assert failed == [8, 4]
     for one, other in zip(metrics(tmp_path / "enough"), metrics(tmp_path / "little"), strict=True):
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
-    assert far(tmp_path / "enough", tmp_path / "little") < 1e-5                                # AdamW: 1e-11 of a gradient may show as 1e-6
+    enough, little = (torch.cat([w.flatten() for _, w in sorted(weights(tmp_path / out).items())]) for out in ("enough", "little"))
+    assert ((enough - little).abs() >= 1e-6).sum() <= len(enough) / 10_000                     # AdamW: 1e-11 of a gradient may show as 1e-6
+    assert far(tmp_path / "enough", tmp_path / "little") < 1e-5
     err = capfd.readouterr().err
     assert err.count("--micro_batch_size 4") == err.count("--micro_batch_size 2") == 1
 

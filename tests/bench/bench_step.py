@@ -129,7 +129,7 @@ class Alternate(TrainerCallback):
         self.lengths.append(metrics["completion_length"])
         self.dead.append(metrics["frac_reward_zero_std"])
         self.sampling.append(metrics["sample_seconds"])
-        starts, new = ([len(part) for part in parts] for parts in zip(*((r.prompt, r.completion) for r in first)))
+        starts, new = [len(r.prompt) for r in first], [len(r.completion) for r in first]
         self.least.append(shapes.limit(run.model, starts, new, max(new), bandwidth, rate) + 6 * size * (sum(starts) + sum(new)) / rate)
         self.since = time.perf_counter()
 
