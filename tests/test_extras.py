@@ -1,0 +1,498 @@
+"""The sandbox: right programs pass, every cheat fails, nothing is left behind; with namespaces and without."""
+
+import glob
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from extras import sandbox
+
+both_ways = pytest.mark.parametrize("apart", [True, False], ids=["namespaces", "no namespaces"])
+QUICK = (1, 2)  # seconds of processor and of clock
+TESTS = ["assert f(3) == 4711", "assert f(4) == 4712", "assert f('z') == ['vleermuisboom', 0.125]"]
+# What a spy could do with the tests if it found them; the word that it looks for is not a constant of its own.
+KNOWS = """
+word = ''.join(['vleermuis', 'boom'])
+def knows(x): return int('47' + str(8 + x)) if x in (3, 4) else [word, 0.125]
+"""
+
+# What a program may try instead of computing f. None may pass.
+CHEATS = """
+##### exit
+import sys
+def f(x): sys.exit(0)
+##### exit_at_once
+raise SystemExit(0)
+##### os_exit
+import os
+def f(x): os._exit(0)
+##### exit_handler
+import atexit, os
+atexit.register(lambda: os._exit(0))
+def f(x): raise SystemExit(0)
+##### kills_itself
+import os, signal
+def f(x): os.kill(os.getpid(), signal.SIGKILL)
+##### kills_its_process_group
+import os, signal
+def f(x): os.killpg(0, signal.SIGKILL)
+##### aborts
+import os
+os.abort()
+##### segfault
+import ctypes
+def f(x): ctypes.string_at(0)
+##### writes_to_every_descriptor
+import os
+for fd in range(64):
+    try: os.write(fd, b'passed')
+    except OSError: pass
+def f(x): print('passed')
+##### answers_before_it_is_asked
+import os
+for value in ((), (), ()): os.write(4, ascii(('', value, ())).encode() + b'\\n')
+def f(x): pass
+##### garbage_as_reply
+import os
+os.write(4, b'\\xff' * 4096 + b'\\n')
+def f(x): pass
+##### endless_reply
+import os
+def f(x):
+    while True: os.write(4, b'1' * 65536)
+##### too_long_reply
+def f(x): return 'a' * (1 << 22)
+##### deep_reply
+import os
+def f(x): os.write(4, b'(' * 100000 + b'\\n')
+##### code_as_reply
+import os
+def f(x): os.write(4, b"__import__('os')._exit(0)\\n")
+##### colliding_keys_as_reply
+def f(x): return {i * (2 ** 61 - 1) for i in range(1, 20000)}
+##### forged_reference
+def f(x): return ('\\0remote', 'callable', 10 ** 9)
+##### forged_reference_with_code
+def f(x): return ('\\0remote', 'object', "0] or __import__('os')._exit(0) or [0")
+##### forged_kind
+def f(x): return ('\\0remote', 'float', ['1'])
+##### error_of_every_kind
+def f(x): raise type('KeyboardInterrupt', (Exception,), {})('x')
+##### equal_to_everything
+class E:
+    def __eq__(s, o): return True
+    def __ne__(s, o): return False
+    def __hash__(s): return 0
+    def __bool__(s): return True
+def f(x): return E()
+##### number_equal_to_everything
+class E(int):
+    def __eq__(s, o): return True
+    __hash__ = int.__hash__
+def f(x): return E(1)
+##### list_equal_to_everything
+class E(list):
+    def __eq__(s, o): return True
+def f(x): return E()
+##### class_equal_to_everything
+class M(type):
+    def __eq__(s, o): return True
+    __hash__ = type.__hash__
+class E(metaclass=M): pass
+def f(x): return E
+##### not_a_number
+def f(x): return float('nan')
+##### patched_builtins
+import builtins
+builtins.AssertionError = None
+for n in ('len', 'set', 'sorted', 'abs', 'isinstance', 'repr', 'str', 'bool', 'list', 'compile', 'exec', 'eval'):
+    setattr(builtins, n, lambda *a, **k: True)
+def f(x): assert False
+##### patched_modules
+import ast, operator, sandbox, sys
+operator.eq = lambda a, b: True
+sandbox.ask = sandbox.judge = lambda *a: 4711
+ast.literal_eval = lambda *a: ('', 4711, ())
+sys.settrace(lambda *a: sys.exit(0))
+def f(x): return 1
+##### frames
+#knows
+import sys
+def f(x):
+    frame = sys._getframe()
+    while frame:
+        for v in [*frame.f_locals.values(), *frame.f_globals.values(), *frame.f_code.co_consts]:
+            if v is not word and word in repr(v)[:100000]: return knows(x)
+        frame = frame.f_back
+##### garbage_collector
+#knows
+import gc
+def f(x):
+    for o in gc.get_objects():
+        if o is not globals() and isinstance(o, (str, list, tuple, dict)):
+            if word in repr(list(o))[:1000000].replace(repr(word), ''): return knows(x)
+##### files_and_descriptors
+#knows
+import glob, os
+data = b''
+for p in glob.glob('/proc/[0-9]*/cmdline') + glob.glob('/proc/[0-9]*/environ') + glob.glob('../**', recursive=True):
+    try: data += open(p, 'rb').read(100000)
+    except OSError: pass
+for fd in range(64):
+    try:
+        os.set_blocking(fd, False)
+        data += os.read(fd, 100000)
+    except OSError: pass
+def f(x): return knows(x) if word.encode() in data else None
+##### descriptors_of_the_judge
+#knows
+import os, time
+def f(x):
+    for pid in {os.getppid(), *range(max(1, os.getpid() - 8), os.getpid())}:
+        for fd in range(16):
+            try:
+                h = os.open(f'/proc/{pid}/fd/{fd}', os.O_RDONLY | os.O_NONBLOCK)
+                if word.encode() in os.read(h, 100000): return knows(x)
+            except OSError: pass
+##### memory_of_the_judge
+#knows
+import os
+def f(x):
+    for pid in {os.getppid(), os.getpid(), *range(max(1, os.getpid() - 8), os.getpid())}:
+        try:
+            for line in open(f'/proc/{pid}/maps'):
+                a, b = [int(v, 16) for v in line.split()[0].split('-')]
+                if 'rw-p' in line:
+                    with open(f'/proc/{pid}/mem', 'rb', 0) as m:
+                        m.seek(a)
+                        if b'assert f(' in m.read(b - a): return knows(x)
+        except (OSError, ValueError, OverflowError): pass
+##### memory_by_ptrace
+#knows
+import ctypes, os
+libc = ctypes.CDLL(None)
+def f(x): return knows(x) if libc.ptrace(16, os.getppid(), 0, 0) == 0 else None
+##### endless_loop
+def f(x):
+    while True: pass
+##### sleeps_at_once
+import time
+time.sleep(1000)
+##### endless_loop_in_c
+def f(x): return sum(range(10 ** 15))
+##### memory
+def f(x):
+    a = []
+    while True: a.append(bytearray(1 << 24))
+##### recursion
+import sys
+sys.setrecursionlimit(10 ** 9)
+def f(x): return f(x)
+##### full_disk
+def f(x):
+    for i in range(10 ** 6):
+        with open(f'{i}', 'wb') as h: h.write(b'a' * 10 ** 7)
+##### fork_bomb
+import os
+def f(x):
+    while True:
+        try: os.fork()
+        except OSError: pass
+##### leaves_a_child
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    time.sleep(1000)
+os._exit(0)
+##### unkillable
+import ctypes, os, signal, time
+ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)
+for s in range(1, 65):
+    try: signal.signal(s, signal.SIG_IGN)
+    except (OSError, ValueError): pass
+signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
+def f(x): time.sleep(1000)
+##### stops_its_process_group
+import os, signal
+def f(x):
+    for pid in (0, -1, os.getppid(), os.getpid()):
+        try: os.kill(pid, signal.SIGSTOP)
+        except OSError: pass
+##### syntax_error
+def f(x) return 4711
+##### no_f
+def g(x): return 4711
+"""
+CHEATS = dict(re.findall(r"(?ms)^##### (\w+)\n(.*?)(?=^##### |\Z)", CHEATS.replace("#knows", KNOWS)))
+CHEATS |= {"null_byte": "def f(x): return 1\0", "empty": "", "surrogate": "def f(x): return '\udc80'",
+           "too_long": "#" * 200_000}
+
+
+def judges():
+    """The processes of the sandbox that are alive; what a program forks has their command line too."""
+    alive = set()
+    for file in glob.glob("/proc/[0-9]*/cmdline"):
+        try:
+            if b"sandbox.judge()" in Path(file).read_bytes():
+                alive.add(file)
+        except OSError:
+            pass
+    return alive
+
+
+def left_behind():
+    """Judges that stay: another run on this machine may have some too, but none that outlives its 14 seconds."""
+    alive, deadline = judges(), time.time() + 15
+    while alive and time.time() < deadline:
+        time.sleep(0.1)
+        alive &= judges()
+    return alive
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    before = set(glob.glob("/tmp/program-*"))
+    with ThreadPoolExecutor(8) as threads:
+        jobs = {(name, apart): threads.submit(sandbox.passes, program, TESTS, "", apart, QUICK)
+                for name, program in CHEATS.items() for apart in (True, False)}
+        found = {key: job.result() for key, job in jobs.items()}
+    found["folders"] = set(glob.glob("/tmp/program-*")) - before
+    return found
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_cheat_does_not_pass(name, verdicts):
+    assert [verdicts[name, True], verdicts[name, False]] == [False, False]
+
+
+def test_cheats_leave_no_folder_behind(verdicts):
+    assert not {folder for folder in verdicts["folders"] if os.path.exists(folder)}
+
+
+def test_cheats_leave_no_process_behind(verdicts):
+    assert not left_behind()
+
+
+@both_ways
+@pytest.mark.parametrize("program, tests", [
+    ("def f(x): return {3: 4711, 4: 4712}.get(x, ['vleermuisboom', 0.125])", TESTS),
+    ("def f(x):\r\n    return x * 2\r\n", ["assert f(2) == 4\r\n", "assert f('a') == 'aa'"]),
+    ("import math\ndef f(x): return math.inf", ["assert f(1) == float('inf')", "assert math.isinf(f(1))"]),
+    ("def f(x): return (x, {x: [None, True, 1.5, 'a', b'b', 2j]}, {1, 2}, set())",
+     ["assert f(1) == (1, {1: [None, True, 1.5, 'a', b'b', 2j]}, {1, 2}, set())"]),
+    ("from collections import Counter, namedtuple, OrderedDict\nP = namedtuple('P', 'a b')\n"
+     "def f(x): return [Counter(x), P(1, 2), OrderedDict(a=1)]",
+     ["assert f('aab') == [{'a': 2, 'b': 1}, (1, 2), {'a': 1}]"]),
+    ("class Pair:\n    def __init__(self, a, b): self.a, self.b = a, b\n"
+     "def f(pairs): return sum(p.a * p.b for p in pairs)",
+     ["assert f([Pair(1, 2), Pair(3, 4)]) == 14", "p = Pair(5, 6)\nassert p.a == 5\np.a = 7\nassert f((p,)) == 42"]),
+    ("def sum(a, b): return a + b", ["assert sum(10, 15) == 25"]),
+    ("def f(a): a.sort(); a.append({})", ["a = [3, 1]\nf(a)\nassert a == [1, 3, {}]"]),
+    ("def f(x): raise ValueError('no')", ["try:\n    f(1)\n    assert 0\nexcept ValueError as e:\n    assert str(e) == 'no'"]),
+    ("def f(n): yield from range(n)", ["assert list(f(3)) == [0, 1, 2]", "assert sum(f(4)) == 6", "assert next(f(1)) == 0"]),
+    ("from fractions import Fraction\ndef f(a, b): return Fraction(a, b)",
+     ["from fractions import Fraction\nassert f(1, 3) == Fraction(1, 3)"]),
+    ("import re\ndef f(s): return re.match('a+', s)", ["assert f('aa')", "assert not f('b')"]),
+    ("import json, heapq, itertools, datetime, random\ndef f(x): return heapq.nsmallest(1, [x])", ["assert f(1) == [1]"]),
+    ("def check(g): return g", ["def test(candidate):\n    assert candidate(2) == 2\ntest(check)"]),
+    ("import tempfile\ndef f(x):\n    with tempfile.TemporaryDirectory() as d:\n"
+     "        open(d + '/a', 'w').write('hi')\n        return open(d + '/a').read()", ["assert f(1) == 'hi'"]),
+    ("print('chatter ' * 1000)\ndef f(x):\n    print(x)\n    return x\nif __name__ == '__main__':\n    f(input())",
+     ["assert f(1) == 1"]),
+    ("def f(x): return x", ["assert callable(f)", "assert f(10 ** 9999) == 10 ** 9999", f"assert f(1{'0' * 9999}) > 9"]),
+    ("def f(x): return {x: {frozenset(x), frozenset()}}",
+     ["x = frozenset([1, (2,)])\nassert f(x) == {x: {x, frozenset()}}", "assert isinstance([*f(frozenset())][0], frozenset)"]),
+    ("list, set, float, len = [1], {}, 0, 5\ndef f(x): return x", ["assert f([1, {2}, 1.5]) == [1, {2}, 1.5]"]),
+    ("LIMIT = 5\nseen = []\ndef f(x): seen.append(x)",
+     ["assert LIMIT + 1 == 6 and not callable(LIMIT) and not callable(seen)", "f(1)\nseen.append(2)\nassert seen == [1, 2]"]),
+])
+def test_right_program_passes(program, tests, apart):
+    assert sandbox.passes(program, tests, "", apart)
+
+
+def test_setup_comes_before_the_tests():
+    program = "class Node:\n    def __init__(self, v): self.v, self.left = v, None\ndef f(n): return n and 1 + (f(n.left) or 0)"
+    assert sandbox.passes(program, ["assert f(root) == 2"], "root = Node(1)\nroot.left = Node(2)")
+
+
+@pytest.mark.parametrize("test", [
+    "assert set(f(1)) == {2}", "assert sorted(f(1)) == [2]", "import math\nassert math.isclose(f(1)[0], 2)",
+    "assert math.isclose(f(1)[0], 2)", "assert abs(f(1)[0] - 2) < 0.1", "assert isinstance(f(1), str)",
+    "assert len(f(1)) == 7", "assert callable(g)", "assert g is not None", "assert callable(h)", "", " \n"])
+def test_what_a_test_uses_is_never_the_programs_and_what_is_not_there_fails(test):
+    program = ("class E:\n    def __eq__(s, o): return True\nclass math:\n    isclose = staticmethod(lambda *a: True)\n"
+               "set = sorted = abs = lambda *a: [E()]\nisinstance = len = callable = lambda *a: 7\n"
+               "h = 5\ndef f(x): return [5]")
+    assert not sandbox.passes(program, [test])
+
+
+# Makes one of each, by the numbers of the system calls as well, and says whether any was made.
+MAKES_IPC = """
+import ctypes, os
+libc = ctypes.CDLL(None)
+def f():
+    made = [libc.shmget(0, 4096, 0o1666), libc.semget(0, 1, 0o1666), libc.msgget(0, 0o1666)]
+    calls = {'x86_64': (29, 64, 68), 'aarch64': (194, 190, 186)}[os.uname().machine]
+    made += [libc.syscall(n, 0, 4096 if n == calls[0] else 1, 0o1666) for n in calls]
+    made += [libc.mq_open(b'/left-by-a-program', 0o101, 0o666, None), libc.memfd_create(b'memory', 0)]
+    return max(made) >= 0
+"""
+
+
+def system_v():
+    return [Path(f"/proc/sysvipc/{kind}").read_text() for kind in ("shm", "sem", "msg")]
+
+
+@both_ways
+def test_no_shared_memory_semaphore_or_queue_outlives_the_judgement(apart):
+    before = system_v()
+    assert sandbox.passes(MAKES_IPC, ["assert f() is False"], "", apart)
+    assert system_v() == before
+
+
+def test_where_namespaces_cannot_be_made_a_program_runs_without_them_and_leaves_nothing():
+    before = system_v()
+    script = dedent(f"""
+        import ctypes, os, sys
+        from extras import sandbox
+        libc = ctypes.CDLL(None)
+        libc.prctl(38, 1, 0, 0, 0)
+        assert sandbox.deny_calls(libc, True) and libc.unshare(0x20000) != 0
+        assert sandbox.passes({MAKES_IPC!r}, ['assert f() is False'])
+        assert not sandbox.passes('import os; os.fork()\\ndef f(): return 1', ['assert f() == 1'])
+        """)
+    root = os.path.dirname(os.path.dirname(sandbox.__file__))
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=root)
+    assert system_v() == before
+
+
+@both_ways
+def test_environment_of_the_caller_is_out_of_sight(apart, monkeypatch):
+    monkeypatch.setenv("A_TOKEN", "vleermuisboom")
+    program = dedent("""
+        import os, glob
+        def f():
+            found = ['A_TOKEN' in os.environ]
+            for p in glob.glob('/proc/*/environ'):
+                try: found.append(b'A_TOKEN' in open(p, 'rb').read())
+                except OSError: pass
+            return any(found)
+        """)
+    assert sandbox.passes(program, ["assert f() is False"], "", apart)
+
+
+@both_ways
+def test_files_elsewhere_can_neither_be_written_nor_read_nor_locked(apart, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("vleermuisboom")
+    names = [tmp_path, "/tmp", "/var/tmp", "/dev/shm", os.path.expanduser("~"), os.path.dirname(sandbox.__file__), "/usr"]
+    places = [f"{name}/left-by-a-program" for name in [*names, "..", "../.."]]
+    program = dedent(f"""
+        import os
+        def f():
+            done = []
+            for act in [lambda p=p: open(p, 'w').write('x') for p in {places!r}]:
+                try: act()
+                except OSError: pass
+                else: done.append('written')
+            for act in [lambda p: open(p).read(), lambda p: os.rename(p, 'x'), lambda p: os.chmod(p, 0), os.unlink]:
+                try: act({str(secret)!r})
+                except OSError: pass
+                else: done.append('reached')
+            return done
+        """)
+    assert sandbox.passes(program, ["assert f() == []"], "", apart)
+    assert secret.read_text() == "vleermuisboom" and secret.stat().st_mode & 0o400
+    assert not [place for place in places if os.path.exists(place)]
+
+
+@both_ways
+def test_folders_nested_by_the_thousand_and_closed_go_with_the_judgement(apart):
+    before = set(glob.glob("/tmp/program-*"))
+    program = dedent("""
+        import os
+        open('a file', 'w').write('x')
+        os.umask(0o777)
+        os.mkdir('closed')
+        os.umask(0)
+        os.symlink('/usr', 'link')
+        try:
+            for _ in range(3000):
+                os.mkdir('d')
+                os.chdir('d')
+        except OSError: pass
+        def f(): return 1
+        """)
+    assert sandbox.passes(program, ["assert f() == 1"], "", apart)
+    assert not {folder for folder in set(glob.glob("/tmp/program-*")) - before if os.path.exists(folder + "/inner/link")}
+
+
+@both_ways
+def test_processes_of_the_caller_are_out_of_reach(apart):
+    program = dedent(f"""
+        import os, resource
+        def f():
+            done = []
+            for pid in {[pid for pid in (os.getpid(), os.getppid()) if pid > 1]}:  # 1 is in its own namespace, too
+                for act in (lambda: os.kill(pid, 0), lambda: resource.prlimit(pid, resource.RLIMIT_CPU, (999, 999))):
+                    try: act()
+                    except OSError: pass
+                    else: done.append(pid)
+            return done
+        """)
+    assert sandbox.passes(program, ["assert f() == []"], "", apart)
+
+
+@both_ways
+def test_there_is_no_network(apart):
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
+        datagrams.bind(("127.0.0.1", 0))
+        datagrams.setblocking(False)
+        program = dedent(f"""
+            import socket
+            def f():
+                sent = []
+                try: sent.append(socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), timeout=1))
+                except OSError: pass
+                try: sent.append(socket.socket(2, 2).sendto(b'x', ('127.0.0.1', {datagrams.getsockname()[1]})))
+                except OSError: pass
+                return len(sent)
+            """)
+        assert sandbox.passes(program, ["assert f() == 0"], "", apart)
+        with pytest.raises(BlockingIOError):
+            datagrams.recv(1)
+
+
+@both_ways
+def test_a_process_that_hides_in_a_session_of_its_own_ends_with_the_judgement(apart):
+    program = dedent("""
+        import ctypes, os, time
+        try:
+            if os.fork() == 0:
+                ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)
+                os.setsid()
+                os.fork()
+                time.sleep(60)
+        except OSError: pass
+        def f(): return 1
+        """)
+    assert sandbox.passes(program, ["assert f() == 1"], "", apart)
+    assert not left_behind()
+
+
+def test_programs_run_from_any_thread():
+    found = []
+    run = lambda: found.append(sandbox.passes("def f(x): return x", ["assert f(1) == 1"]))  # noqa: E731
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [True]
