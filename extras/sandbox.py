@@ -8,9 +8,8 @@
    outlives a process (System V and POSIX IPC). Where there are no namespaces, Landlock closes the files
    instead, and the filter also forbids new processes, threads, sessions and signals.
 3. The judge then reads the tests and a secret, and runs the tests itself. To it, the program's functions are
-   Remotes: a call goes through a pipe to the program's process, plain data (numbers, text, lists) comes back,
-   and the judge compares. Expected values, secret, asserts and comparisons are out of the program's reach:
-   leaving, printing, patching, frames, an object equal to everything do not help.
+   Remotes: a call goes through a pipe to the program's process, plain data comes back, the judge compares.
+   The program can reach neither expected values nor the secret, the asserts or the comparisons.
 4. When every test has passed, the judge writes the secret, the only thing that counts, and kills the program.
 
 What this does not protect from
@@ -19,8 +18,9 @@ What this does not protect from
 - The tests: they run outside of the sandbox, with the caller's rights. Take them from a trusted source.
 - Load: a program may use up its allowance (seconds, memory, 16 processes), and slow down others meanwhile.
 - Reading the system's and Python's own files (/usr, /lib, the virtual environment).
-- Where there are neither namespaces nor Landlock (Linux 5.13), files are as open to the program as to its
-  user. Where there are neither namespaces nor the filter (x86-64, aarch64), no program is run. Linux only.
+- Where there are no namespaces: times and attributes of the user's files, priorities of its processes. Where
+  there is no Landlock either (Linux 5.13), files are as open to the program as to its user. Where there is no
+  filter either (x86-64, aarch64), no program is run. Linux only.
 """
 import ast
 import builtins
@@ -62,8 +62,8 @@ def passes(program, tests, setup="", namespaces=True, seconds=(CPU_SECONDS, WALL
                              start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                              stderr=subprocess.DEVNULL)
     try:
-        request = ascii((setup, tests, secret)).encode()
-        return judge.communicate(request + b"\n", seconds[1] + 4)[0] == secret.encode()
+        request = f"{ascii((setup, tests, secret))}\n".encode()
+        return judge.communicate(request, seconds[1] + 4)[0] == secret.encode()
     except (subprocess.TimeoutExpired, OSError):
         return False
     finally:
@@ -76,8 +76,8 @@ def passes(program, tests, setup="", namespaces=True, seconds=(CPU_SECONDS, WALL
             os.rmdir(inner)
             os.rmdir(folder)
         except OSError:  # files of the program; unlike shutil.rmtree, rm removes thousands of nested folders
-            remove = 'chmod -R u+rwX "$0"; rm -rf "$0"'
-            subprocess.run(["sh", "-c", remove, folder], stderr=subprocess.DEVNULL)
+            remove = ["sh", "-c", 'chmod -R u+rwX "$0"; rm -rf "$0"', folder]
+            subprocess.run(remove, stderr=subprocess.DEVNULL)
 
 
 def send(stream, value):

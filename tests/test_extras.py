@@ -1,4 +1,4 @@
-"""The sandbox: right programs pass, every cheat fails, nothing is left behind; with namespaces and without."""
+"""The sandbox: right programs pass, every cheat fails, nothing stays behind; with namespaces and without."""
 
 import glob
 import os
@@ -19,7 +19,7 @@ from extras import sandbox
 both_ways = pytest.mark.parametrize("apart", [True, False], ids=["namespaces", "no namespaces"])
 QUICK = (1, 2)  # seconds of processor and of clock
 TESTS = ["assert f(3) == 4711", "assert f(4) == 4712", "assert f('z') == ['vleermuisboom', 0.125]"]
-# What a spy could do with the tests if it found them; the word that it looks for is not a constant of its own.
+# What a spy could do with the tests if it found them; the word that it looks for is no constant of its own.
 KNOWS = """
 word = ''.join(['vleermuis', 'boom'])
 def knows(x): return int('47' + str(8 + x)) if x in (3, 4) else [word, 0.125]
@@ -114,7 +114,7 @@ def f(x): return float('nan')
 ##### patched_builtins
 import builtins
 builtins.AssertionError = None
-for n in ('len', 'set', 'sorted', 'abs', 'isinstance', 'repr', 'str', 'bool', 'list', 'compile', 'exec', 'eval'):
+for n in ('len', 'set', 'sorted', 'isinstance', 'repr', 'str', 'bool', 'list', 'compile', 'exec', 'eval'):
     setattr(builtins, n, lambda *a, **k: True)
 def f(x): assert False
 ##### patched_modules
@@ -144,8 +144,8 @@ def f(x):
 #knows
 import glob, os
 data = b''
-for p in glob.glob('/proc/[0-9]*/cmdline') + glob.glob('/proc/[0-9]*/environ') + glob.glob('../**', recursive=True):
-    try: data += open(p, 'rb').read(100000)
+for p in glob.glob('/proc/[0-9]*/*') + glob.glob('/proc/[0-9]*/fd/*') + glob.glob('../**', recursive=True):
+    try: data += os.read(os.open(p, os.O_RDONLY | os.O_NONBLOCK), 100000)
     except OSError: pass
 for fd in range(64):
     try:
@@ -153,16 +153,6 @@ for fd in range(64):
         data += os.read(fd, 100000)
     except OSError: pass
 def f(x): return knows(x) if word.encode() in data else None
-##### descriptors_of_the_judge
-#knows
-import os, time
-def f(x):
-    for pid in {os.getppid(), *range(max(1, os.getpid() - 8), os.getpid())}:
-        for fd in range(16):
-            try:
-                h = os.open(f'/proc/{pid}/fd/{fd}', os.O_RDONLY | os.O_NONBLOCK)
-                if word.encode() in os.read(h, 100000): return knows(x)
-            except OSError: pass
 ##### memory_of_the_judge
 #knows
 import os
@@ -250,7 +240,7 @@ def judges():
 
 
 def left_behind():
-    """Judges that stay: another run on this machine may have some too, but none that outlives its 14 seconds."""
+    """Judges that stay: another run on this machine may have some too, but none longer than 14 seconds."""
     alive, deadline = judges(), time.time() + 15
     while alive and time.time() < deadline:
         time.sleep(0.1)
@@ -294,33 +284,43 @@ def test_cheats_leave_no_process_behind(verdicts):
      ["assert f('aab') == [{'a': 2, 'b': 1}, (1, 2), {'a': 1}]"]),
     ("class Pair:\n    def __init__(self, a, b): self.a, self.b = a, b\n"
      "def f(pairs): return sum(p.a * p.b for p in pairs)",
-     ["assert f([Pair(1, 2), Pair(3, 4)]) == 14", "p = Pair(5, 6)\nassert p.a == 5\np.a = 7\nassert f((p,)) == 42"]),
+     ["assert f([Pair(1, 2), Pair(3, 4)]) == 14",
+      "p = Pair(5, 6)\nassert p.a == 5\np.a = 7\nassert f((p,)) == 42"]),
     ("def sum(a, b): return a + b", ["assert sum(10, 15) == 25"]),
     ("def f(a): a.sort(); a.append({})", ["a = [3, 1]\nf(a)\nassert a == [1, 3, {}]"]),
-    ("def f(x): raise ValueError('no')", ["try:\n    f(1)\n    assert 0\nexcept ValueError as e:\n    assert str(e) == 'no'"]),
-    ("def f(n): yield from range(n)", ["assert list(f(3)) == [0, 1, 2]", "assert sum(f(4)) == 6", "assert next(f(1)) == 0"]),
+    ("def f(x): raise ValueError('no')",
+     ["try:\n    f(1)\n    assert 0\nexcept ValueError as e:\n    assert str(e) == 'no'"]),
+    ("def f(n): yield from range(n)",
+     ["assert list(f(3)) == [0, 1, 2]", "assert sum(f(4)) == 6", "assert next(f(1)) == 0"]),
     ("from fractions import Fraction\ndef f(a, b): return Fraction(a, b)",
      ["from fractions import Fraction\nassert f(1, 3) == Fraction(1, 3)"]),
     ("import re\ndef f(s): return re.match('a+', s)", ["assert f('aa')", "assert not f('b')"]),
-    ("import json, heapq, itertools, datetime, random\ndef f(x): return heapq.nsmallest(1, [x])", ["assert f(1) == [1]"]),
+    ("import json, heapq, itertools, datetime, random\ndef f(x): return heapq.nsmallest(1, [x])",
+     ["assert f(1) == [1]"]),
     ("def check(g): return g", ["def test(candidate):\n    assert candidate(2) == 2\ntest(check)"]),
     ("import tempfile\ndef f(x):\n    with tempfile.TemporaryDirectory() as d:\n"
-     "        open(d + '/a', 'w').write('hi')\n        return open(d + '/a').read()", ["assert f(1) == 'hi'"]),
-    ("print('chatter ' * 1000)\ndef f(x):\n    print(x)\n    return x\nif __name__ == '__main__':\n    f(input())",
+     "        open(d + '/a', 'w').write('hi')\n        return open(d + '/a').read()",
+     ["assert f(1) == 'hi'"]),
+    ("print('chatter ' * 1000)\ndef f(x):\n    print(x)\n    return x\nif __name__ == '__main__': f(input())",
      ["assert f(1) == 1"]),
-    ("def f(x): return x", ["assert callable(f)", "assert f(10 ** 9999) == 10 ** 9999", f"assert f(1{'0' * 9999}) > 9"]),
+    ("def f(x): return x",
+     ["assert callable(f)", "assert f(10 ** 9999) == 10 ** 9999", f"assert f(1{'0' * 9999}) > 9"]),
     ("def f(x): return {x: {frozenset(x), frozenset()}}",
-     ["x = frozenset([1, (2,)])\nassert f(x) == {x: {x, frozenset()}}", "assert isinstance([*f(frozenset())][0], frozenset)"]),
-    ("list, set, float, len = [1], {}, 0, 5\ndef f(x): return x", ["assert f([1, {2}, 1.5]) == [1, {2}, 1.5]"]),
+     ["x = frozenset([1, (2,)])\nassert f(x) == {x: {x, frozenset()}}",
+      "assert isinstance([*f(frozenset())][0], frozenset)"]),
+    ("list, set, float, len = [1], {}, 0, 5\ndef f(x): return x",
+     ["assert f([1, {2}, 1.5]) == [1, {2}, 1.5]"]),
     ("LIMIT = 5\nseen = []\ndef f(x): seen.append(x)",
-     ["assert LIMIT + 1 == 6 and not callable(LIMIT) and not callable(seen)", "f(1)\nseen.append(2)\nassert seen == [1, 2]"]),
+     ["assert LIMIT + 1 == 6 and not callable(LIMIT) and not callable(seen)",
+      "f(1)\nseen.append(2)\nassert seen == [1, 2]"]),
 ])
 def test_right_program_passes(program, tests, apart):
     assert sandbox.passes(program, tests, "", apart)
 
 
 def test_setup_comes_before_the_tests():
-    program = "class Node:\n    def __init__(self, v): self.v, self.left = v, None\ndef f(n): return n and 1 + (f(n.left) or 0)"
+    program = ("class Node:\n    def __init__(self, v): self.v, self.left = v, None\n"
+               "def f(n): return n and 1 + (f(n.left) or 0)")
     assert sandbox.passes(program, ["assert f(root) == 2"], "root = Node(1)\nroot.left = Node(2)")
 
 
@@ -329,7 +329,8 @@ def test_setup_comes_before_the_tests():
     "assert math.isclose(f(1)[0], 2)", "assert abs(f(1)[0] - 2) < 0.1", "assert isinstance(f(1), str)",
     "assert len(f(1)) == 7", "assert callable(g)", "assert g is not None", "assert callable(h)", "", " \n"])
 def test_what_a_test_uses_is_never_the_programs_and_what_is_not_there_fails(test):
-    program = ("class E:\n    def __eq__(s, o): return True\nclass math:\n    isclose = staticmethod(lambda *a: True)\n"
+    program = ("class E:\n    def __eq__(s, o): return True\n"
+               "class math:\n    isclose = staticmethod(lambda *a: True)\n"
                "set = sorted = abs = lambda *a: [E()]\nisinstance = len = callable = lambda *a: 7\n"
                "h = 5\ndef f(x): return [5]")
     assert not sandbox.passes(program, [test])
@@ -342,7 +343,8 @@ libc = ctypes.CDLL(None)
 def f():
     made = [libc.shmget(0, 4096, 0o1666), libc.semget(0, 1, 0o1666), libc.msgget(0, 0o1666)]
     calls = {'x86_64': (29, 64, 68), 'aarch64': (194, 190, 186)}[os.uname().machine]
-    made += [libc.syscall(n, 0, 4096 if n == calls[0] else 1, 0o1666) for n in calls]
+    x32 = [n + (1 << 30) for n in calls]
+    made += [libc.syscall(n, 0, 4096 if n in (calls[0], x32[0]) else 1, 0o1666) for n in [*calls, *x32]]
     made += [libc.mq_open(b'/left-by-a-program', 0o101, 0o666, None), libc.memfd_create(b'memory', 0)]
     return max(made) >= 0
 """
@@ -391,11 +393,11 @@ def test_environment_of_the_caller_is_out_of_sight(apart, monkeypatch):
 
 
 @both_ways
-def test_files_elsewhere_can_neither_be_written_nor_read_nor_locked(apart, tmp_path):
+def test_files_elsewhere_can_neither_be_written_nor_read_nor_closed(apart, tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("vleermuisboom")
-    names = [tmp_path, "/tmp", "/var/tmp", "/dev/shm", os.path.expanduser("~"), os.path.dirname(sandbox.__file__), "/usr"]
-    places = [f"{name}/left-by-a-program" for name in [*names, "..", "../.."]]
+    folders = [tmp_path, "/tmp", "/var/tmp", "/dev/shm", "/usr", Path.home(), Path(sandbox.__file__).parent]
+    places = [f"{folder}/left-by-a-program" for folder in [*folders, "..", "../.."]]
     program = dedent(f"""
         import os
         def f():
@@ -404,7 +406,7 @@ def test_files_elsewhere_can_neither_be_written_nor_read_nor_locked(apart, tmp_p
                 try: act()
                 except OSError: pass
                 else: done.append('written')
-            for act in [lambda p: open(p).read(), lambda p: os.rename(p, 'x'), lambda p: os.chmod(p, 0), os.unlink]:
+            for act in [open, os.unlink, lambda p: os.rename(p, 'x'), lambda p: os.chmod(p, 0)]:
                 try: act({str(secret)!r})
                 except OSError: pass
                 else: done.append('reached')
@@ -433,7 +435,8 @@ def test_folders_nested_by_the_thousand_and_closed_go_with_the_judgement(apart):
         def f(): return 1
         """)
     assert sandbox.passes(program, ["assert f() == 1"], "", apart)
-    assert not {folder for folder in set(glob.glob("/tmp/program-*")) - before if os.path.exists(folder + "/inner/link")}
+    left = set(glob.glob("/tmp/program-*")) - before  # another run's may be among them
+    assert not [folder for folder in left if os.path.lexists(folder + "/inner/link")]
 
 
 @both_ways
@@ -442,8 +445,8 @@ def test_processes_of_the_caller_are_out_of_reach(apart):
         import os, resource
         def f():
             done = []
-            for pid in {[pid for pid in (os.getpid(), os.getppid()) if pid > 1]}:  # 1 is in its own namespace, too
-                for act in (lambda: os.kill(pid, 0), lambda: resource.prlimit(pid, resource.RLIMIT_CPU, (999, 999))):
+            for pid in {[pid for pid in (os.getpid(), os.getppid()) if pid > 1]}:  # 1 is in its namespace
+                for act in (lambda: os.kill(pid, 0), lambda: resource.prlimit(pid, 0, (999, 999))):
                     try: act()
                     except OSError: pass
                     else: done.append(pid)
@@ -454,16 +457,18 @@ def test_processes_of_the_caller_are_out_of_reach(apart):
 
 @both_ways
 def test_there_is_no_network(apart):
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
+    datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with socket.create_server(("127.0.0.1", 0)) as server, datagrams:
         datagrams.bind(("127.0.0.1", 0))
         datagrams.setblocking(False)
+        ports = server.getsockname()[1], datagrams.getsockname()[1]
         program = dedent(f"""
             import socket
             def f():
                 sent = []
-                try: sent.append(socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), timeout=1))
+                try: sent.append(socket.create_connection(('127.0.0.1', {ports[0]}), timeout=1))
                 except OSError: pass
-                try: sent.append(socket.socket(2, 2).sendto(b'x', ('127.0.0.1', {datagrams.getsockname()[1]})))
+                try: sent.append(socket.socket(2, 2).sendto(b'x', ('127.0.0.1', {ports[1]})))
                 except OSError: pass
                 return len(sent)
             """)
