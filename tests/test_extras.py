@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -142,8 +143,8 @@ def f(x):
             if word in repr(list(o))[:1000000].replace(repr(word), ''): return knows(x)
 ##### files_and_descriptors
 #knows
-import glob, os
-data = b''
+import glob, os, sys
+data = sys.stdin.buffer.read()
 for p in glob.glob('/proc/[0-9]*/*') + glob.glob('/proc/[0-9]*/fd/*') + glob.glob('../**', recursive=True):
     try: data += os.read(os.open(p, os.O_RDONLY | os.O_NONBLOCK), 100000)
     except OSError: pass
@@ -249,13 +250,14 @@ def left_behind():
 
 
 @pytest.fixture(scope="module")
-def verdicts():
-    before = set(glob.glob("/tmp/program-*"))
-    with ThreadPoolExecutor(8) as threads:
+def verdicts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("programs")
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(8) as threads:
+        patch.setattr(tempfile, "tempdir", str(folder))
         jobs = {(name, apart): threads.submit(sandbox.passes, program, TESTS, "", apart, QUICK)
                 for name, program in CHEATS.items() for apart in (True, False)}
         found = {key: job.result() for key, job in jobs.items()}
-    found["folders"] = set(glob.glob("/tmp/program-*")) - before
+    found["folders"] = os.listdir(folder)
     return found
 
 
@@ -265,7 +267,7 @@ def test_cheat_does_not_pass(name, verdicts):
 
 
 def test_cheats_leave_no_folder_behind(verdicts):
-    assert not {folder for folder in verdicts["folders"] if os.path.exists(folder)}
+    assert verdicts["folders"] == []
 
 
 def test_cheats_leave_no_process_behind(verdicts):
@@ -418,8 +420,8 @@ def test_files_elsewhere_can_neither_be_written_nor_read_nor_closed(apart, tmp_p
 
 
 @both_ways
-def test_folders_nested_by_the_thousand_and_closed_go_with_the_judgement(apart):
-    before = set(glob.glob("/tmp/program-*"))
+def test_folders_nested_by_the_thousand_and_closed_go_with_the_judgement(apart, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     program = dedent("""
         import os
         open('a file', 'w').write('x')
@@ -435,8 +437,7 @@ def test_folders_nested_by_the_thousand_and_closed_go_with_the_judgement(apart):
         def f(): return 1
         """)
     assert sandbox.passes(program, ["assert f() == 1"], "", apart)
-    left = set(glob.glob("/tmp/program-*")) - before  # another run's may be among them
-    assert not [folder for folder in left if os.path.lexists(folder + "/inner/link")]
+    assert os.listdir(tmp_path) == []
 
 
 @both_ways
