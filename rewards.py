@@ -1,73 +1,82 @@
 """What a task asks and how an answer is scored. Imports neither torch nor transformers.
 
 A completion (`text`, special tokens stripped) has one of two styles, named after the tag of its reasoning:
-    reasoning: <reasoning>...</reasoning><answer>...</answer>      think: <think>...</think><answer>...</answer>
+`<reasoning>...</reasoning><answer>...</answer>` or `<think>...</think><answer>...</answer>`.
 
 Which answer counts
-1. The reasoning ends at the last closing reasoning tag; what follows is the tail. Without reasoning tags all is tail.
-2. A reasoning block that is opened and never closed offers no answer.
-3. The answer is the last closed <answer>...</answer> of the tail. Tags are literal: `<Answer>`, `<answer id=1>` are text.
-4. An empty last block is an empty answer, and wrong.
-5. strict=False falls back, in the same tail, to the last \\boxed{}, then the last `#### x`, then "answer is x", then the
-   last number (arc: the last label). Training is strict; evaluation reports both.
+1. The tail: what follows the last closing reasoning tag; all without such tags; nothing if one stays open.
+2. The answer is the last closed <answer>...</answer> of the tail; an empty one is wrong. Tags are literal.
+3. strict=False falls back, in the same tail, to the last \\boxed{}, the last `#### x`, "answer is x", the
+   last number (arc: label), in this order. Training is strict; evaluation reports both.
 
-Parts of a score, before their weights
-    correct      0 or 1    the rules of each task stand at its function below
-    format       0 or 1    one non-empty reasoning block, one non-empty answer block, white space; no tag repeated or nested
-    length      -1 to 0    0 up to 500 tokens, falling linearly to -1 at 800; 0 where n_tokens is not given
-    process      0 to 1    share of the distinct equations in the reasoning that hold; 0 where there is none
-    efficiency   0 to 1    countdown, when correct: length of the shortest way to write that expression / length as written
-    reward                 their weighted sum. Where correct weighs at least as much as all others together, no wrong answer
-                           scores above a right one.
-
+Parts of a score; its "reward" is their sum, weighted by WEIGHTS
+    correct      0 or 1   the rules of each task stand at its function below
+    format       0 or 1   one non-empty reasoning block, one non-empty answer block, and white space
+    length      -1 to 0   0 up to 500 tokens, falling linearly to -1 at 800; 0 where n_tokens is not given
+    process      0 to 1   share of the distinct equations in the reasoning that are true; 0 without any
+    efficiency   0 to 1   countdown, when correct: length of the shortest way to write it / length as written
+Where correct weighs at least as much as all others together, no wrong answer scores above a right one.
 Nothing that a model can write raises, hangs, executes or grows memory; what cannot be scored is 0.
-A new task is one function, `grade(said, row) -> bool`, and one row of TASKS.
 """
+import ast
+import json
 import math
+import operator
 import os
 import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import islice
-
-import arithmetic
-import mathematics
-import sandbox
-from mathematics import last_box
-from rows import DataError, check, read as read_rows
+from pathlib import Path
 
 STYLES = ("reasoning", "think")
-WEIGHTS = {"correct": 1.0, "format": 0.5, "length": 0.1, "process": 0.0, "efficiency": 0.0}
-TAGS = {style: re.compile(rf"(</?(?:{style}|answer)>)") for style in STYLES}
+WEIGHTS = {"correct": 1.0, "format": 0.3, "length": 0.0, "process": 0.1, "efficiency": 0.1}
 LENGTH = (500, 800)  # tokens that cost nothing, tokens at which the length part has fallen to -1
+TAGS = {style: re.compile(rf"(</?(?:{style}|answer)>)") for style in STYLES}
 
 
-# ---------------------------------------------------------------------------------------------- which answer
+class DataError(ValueError):
+    """Data or weights that cannot be used, in one line that says where and why."""
+
+
+# ------------------------------------------------------------------------------------ which answer
+NUMERAL = (r"[1-9][0-9]{0,2}(?:(,|\{,\}| )[0-9]{3}(?:\1[0-9]{3})*)(?![0-9])(?:\.[0-9]+)?"
+           r"|[0-9]+(?:\.[0-9]+)?|\.[0-9]+")  # 1,234.5 in true groups of three, 1234.5, .5
+# with its sign and currency, and not a part of a word (v2) or of a difference (10-5)
+LAST_NUMBER = rf"(?:(?<![\w.)])[-+\u2212])?(?:\\?\$)?(?<![\w.])(?:{NUMERAL})"
+
+
 def tail(text, style):
     """The part of a completion that may hold its answer; None where the reasoning was never closed."""
     after = text.rpartition(f"</{style}>")[2]
     return None if f"<{style}>" in after else after
 
 
-def answer_block(text):
-    """The last closed <answer> block: its opening tag is the last one that has a closing tag behind it."""
-    start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
-    return None if start < 0 else text[start + 8:text.find("</answer>", start)].strip()
-
-
-# 1,234.5 in true groups of three, 1234.5, .5
-NUMERAL = r"[1-9][0-9]{0,2}(?:(,|\{,\}| )[0-9]{3}(?:\1[0-9]{3})*)(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
-# with its sign and currency, and not a part of a word (v2) or of a difference (10-5)
-LAST_NUMBER = rf"(?:(?<![\w.)])[-+\u2212])?(?:\\?\$)?(?<![\w.])(?:{NUMERAL})"
+def last_box(text):
+    """What the \\boxed{...} that closes last holds, braces balanced; None where there is none."""
+    opened, found = [], None
+    for match in re.finditer(r"(\\boxed\s{0,9})?\{|\}|\\.", text):
+        if match[0][-1] == "{" and match[0] != "\\{":
+            opened.append((match[1], match.end()))
+        elif match[0] == "}" and opened:
+            box, start = opened.pop()
+            found = text[start:match.start()] if box else found
+    return found
 
 
 def answer(text, style="reasoning", strict=True, labels=None):
-    """What a completion offers as its answer, or None. `labels`: those of a multiple-choice row, for strict=False."""
+    """What a completion offers as its answer, or None. `labels`: a multiple choice's, if not strict."""
     text = tail(text, style)
-    said = None if text is None else answer_block(text)
-    if strict or text is None or said is not None:
-        return said
+    if text is None:
+        return None
+    start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))  # the last that is closed
+    if start >= 0:
+        return text[start + 8:text.find("</answer>", start)].strip()
+    if strict:
+        return None
     text = re.sub("</?answer>", "\n", text)[-10_000:]  # stray tags; no answer stands further from the end
     if (box := last_box(text)) is not None:
         return box.strip()
@@ -80,54 +89,92 @@ def answer(text, style="reasoning", strict=True, labels=None):
     return found[-1] if found else None
 
 
-# ---------------------------------------------------------------------------------------------- countdown
-UNUSUAL_SPACE, DIGITS = re.compile(r"[^\S ]"), re.compile("[0-9]+")
+# ------------------------------------------------------------------------------------ countdown
+SIGNS = {"×": "*", "·": "*", "\\times": "*", "\\cdot": "*", "÷": "/", "\\div": "/", "\u2212": "-"}
+SIGN = re.compile("|".join(map(re.escape, SIGNS)))
+ARITHMETIC = re.compile(r"(?!.*(?<![0-9.])0[0-9])[-+*/(). 0-9]+")  # no leading zeros
+OPERAND = re.compile("[0-9.]+")
+OPERATORS = {ast.Add: (operator.add, 1, True), ast.Sub: (operator.sub, 1, False),  # rank, is a?(b?c) a?b?c
+             ast.Mult: (operator.mul, 2, True), ast.Div: (lambda a, b: Fraction(a) / b, 2, False)}
+
+
+def plain_signs(text):
+    """`×`, `·`, `\\times`, `\\cdot` as `*`; `÷`, `\\div` as `/`; U+2212 as `-`."""
+    return SIGN.sub(lambda match: SIGNS[match[0]], text)
+
+
+@lru_cache(4096)
+def evaluate(text, limit=200):
+    """Numbers, + - * /, unary minus, parentheses -> (exact value, length of its shortest form); else None.
+
+    Nothing is executed: Python's parser only reads."""
+    if len(text) > limit or not ARITHMETIC.fullmatch(text):
+        return None
+    try:
+        number, length, _ = value(ast.parse(text.strip(), mode="eval").body)
+        return number, length - text.count("--")  # 2--3 is a padded 2+3
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
+
+
+def value(node):
+    """A parsed expression -> (exact value, length without needless parentheses, how tightly it binds)."""
+    if type(node) is ast.Constant:
+        return node.value if type(node.value) is int else Fraction(repr(node.value)), len(str(node.value)), 4
+    if type(node) is ast.UnaryOp and type(node.op) is ast.USub:
+        a, length, rank = value(node.operand)
+        return -a, length + (3 if rank == 1 else 1), 2 if rank == 2 else 3
+    if type(node) is not ast.BinOp or type(node.op) not in OPERATORS:
+        raise ValueError("not arithmetic")
+    apply, rank, regroups = OPERATORS[type(node.op)]
+    (a, left, left_rank), (b, right, right_rank) = value(node.left), value(node.right)
+    bracketed = (left_rank < rank) + (right_rank < rank or right_rank == rank and not regroups)
+    return apply(a, b), left + 1 + right + 2 * bracketed, rank
 
 
 def expression(said, row):
-    """(value, shortest text, text) of a countdown answer that keeps to the rules, whatever its value; else None."""
+    """evaluate() for a countdown answer that keeps to the rules; else None."""
     if len(said) > 2000:  # before the signs are replaced; what counts is the length after
         return None
-    said = UNUSUAL_SPACE.sub(" ", arithmetic.plain_signs(said)).strip()
+    said = re.sub(r"[^\S ]", " ", plain_signs(said)).strip()
     body, equals, result = said.partition("=")
     if not 0 < len(said) <= 200 or "." in body or equals and result.strip() != str(row["target"]):
         return None
-    if sorted(map(int, DIGITS.findall(body))) != sorted(row["nums"]):
-        return None
-    found = arithmetic.evaluate(body)
-    return found and (*found, said)
+    return evaluate(body) if sorted(map(int, OPERAND.findall(body))) == sorted(row["nums"]) else None
 
 
 def countdown(said, row):
     """One expression that uses each given number exactly once and equals the target.
 
-    - over non-negative ASCII integers without leading zeros, + - * /, unary minus and parentheses; at most 200 characters
-    - nothing else: no unary plus, powers, `//`, decimals, exponents, hex, `_`, names, calls, comments, `\\boxed`, `\\frac`, `$`
-    - signs first: `×`, `·`, `\\times`, `\\cdot` are `*`; `÷`, `\\div` are `/`; U+2212 is `-`; any Unicode space is a space
-    - it may end in `= t`, t being the true target
-    - its value, an exact rational, equals the target
+    - non-negative ASCII integers without leading zeros, + - * /, unary minus, parentheses; 200 characters; no
+      unary plus, powers, `//`, decimals, exponents, `_`, names, calls, comments, `\\boxed`, `\\frac`
+    - `×`, `·`, `\\times`, `\\cdot` are `*`, `÷`, `\\div` are `/`, U+2212 is `-`, any Unicode space is a space
+    - it may end in `= t`, t being the true target; its value, an exact rational, equals the target
     """
     found = expression(said, row)
     return found is not None and found[0] == row["target"]
 
 
-# ---------------------------------------------------------------------------------------------- gsm8k
+# ------------------------------------------------------------------------------------ gsm8k
 DECORATION = re.compile(r"\*+|__|`|\\(?:boxed|text(?:bf|rm)?|math(?:bf|rm)|boldsymbol)(?![a-z])"
                         r"|\\?[$%]|[€£¥₹₩₽¢{}()]|\\[()\[\],;:! ]")
-NO_UNIT = frozenset("""or and not no isn is to than plus minus times over point squared cubed factorial negative wrong
-    half dozen dozens hundred hundreds thousand thousands lakh lakhs million millions crore crores billion billions trillion
-    k K M bn mn e i n x y z pi π st nd rd th""".split())  # after a number these change its value, or unsay it
 WORD = r"[^\W\d_]{1,20}"
-BEFORE = re.compile(rf"(?:{WORD}(?: {WORD}){{0,5}} ?(?:=|:| is))? ?(?:USD?)? ?([-+]?)")  # `x =`, `The cost is -`
-UNIT = re.compile(rf"°?(?:[°'/-]? ?{WORD}\.?){{0,6}} ?\.?")  # ` apples per day.`
+BEFORE = re.compile(rf"(?:{WORD}(?: {WORD}){{0,5}} ?(?:=|:| is))? ?(?:USD?)? ?([-+]?)")  # `x = -`
+UNIT = re.compile(rf"°?(?:(?:\A|(?<=[.°])|[°'/ -]|[/'] ){WORD}\.?){{0,6}} ?\.?")  # ` apples per day.`
+# words that change a number's value, or unsay it, on either side of it
+CHANGES_VALUE = re.compile(r"""(?ix)\b(?: or|and|not|no|isn|than|plus|minus|negative|times|over|under|above
+    | below|point|least|most|almost|nearly|except|wrong|false|untrue|incorrect|twice|double|triple|thrice
+    | \w*fold|squared|cubed|power|root|factorial|half|halves|dozens?|score|gross|grand|lakhs?|crores?
+    | (?:third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth)s?
+    | \w*(?:teenth|tieth|dredth|sandth|llionth|hundred|thousand|illion)s? )\b""")
+# and behind it; a single letter is a unit only where it is one: 18 g, 5 dollars a day, but not 18 x
+NO_UNIT = re.compile(r"(?i:\b(?:is|to|st|nd|rd|th|pi|bn|mn|mil|am|pm|ad|bc|bce|north|south|east|west)\b)"
+                     r"|\b(?![ghlLmsCF]\b|a [^\W\d_]{2})[^\W\d_]\b")
 
 
-@lru_cache(4096)
-def one_number(text):
-    """number(), which bounds what this cache may hold."""
-    if re.fullmatch("-?[0-9]+", text):
-        return int(text)
-    if not text.isascii() and any(c.isnumeric() and not c.isascii() for c in text):
+def number(text):
+    """The exact value of a text that holds exactly one number, or None."""
+    if len(text) > 200 or any(char.isnumeric() and not char.isascii() for char in text):
         return None
     text = re.sub(r"\s", " ", text.strip().replace("\u2212", "-").replace("\\!", ""))
     text = re.sub(r"(?<=[0-9])(?:(\{,\})|\\,)(?=[0-9])", lambda match: "," if match[1] else " ", text)
@@ -135,55 +182,43 @@ def one_number(text):
     found = list(re.finditer(NUMERAL, text))
     if len(found) != 1:
         return None
-    before, after = (part.replace("\0", " ").strip() for part in (text[:found[0].start()], text[found[0].end():]))
-    sign, unit = BEFORE.fullmatch(before), UNIT.fullmatch(after)
-    hedged = re.search(r"\b(?:not|no|or|and|than)\b", before) or not NO_UNIT.isdisjoint(re.findall(r"\w+", after))
-    if not sign or not unit or hedged:
+    before, after = text[:found[0].start()], text[found[0].end():]
+    before, after = (" ".join(part.replace("\0", " ").split()) for part in (before, after))
+    sign = BEFORE.fullmatch(before)
+    changed = CHANGES_VALUE.search(before) or CHANGES_VALUE.search(after) or NO_UNIT.search(after)
+    if changed or not sign or not UNIT.fullmatch(after):
         return None
     return Fraction(sign[1] + re.sub("[, ]", "", found[0][0]))
-
-
-def number(text):
-    """The exact value of a text that holds exactly one number, or None."""
-    return one_number(text) if len(text) <= 200 else None
-
-
-def gsm8k_gold(row):
-    return number(row["answer"].rpartition("####")[2].strip())
 
 
 def gsm8k(said, row):
     """Exactly one number, equal to the gold as an exact decimal: 18 = 18.00 = +18, not -18.
 
-    - not part of the number: currency signs (`-$18` too), `%`, their escaped forms, bold, `\\boxed`, `\\text{}`, a unit,
-      `x =`, a final full stop, thousands separators in true groups of three (`1,000`, `1{,}000`, `1 000`)
-    - wrong: `1,0,0,0`, `18 (2 steps)`, `17, 18, 19`, `9+9`, `36/2`, `1.8e1`, words (`eighteen`, `18 thousand`, `18 or more`),
-      non-ASCII digits, more than 200 characters
-    - U+2212 is a minus
+    - not part of it: currency signs, `%`, their escaped forms, bold, `\\boxed`, `\\text{}`, a unit, `x =`, a
+      final full stop, separators in true groups of three (`1,000`, `1{,}000`, `1 000`); U+2212 is a minus
+    - wrong: `1,0,0,0`, `18 (2 steps)`, `17, 18, 19`, `9+9`, `36/2`, `1.8e1`, words (`eighteen`, `18 thirds`,
+      `18 or more`, `negative: 18`), non-ASCII digits, more than 200 characters
     """
     value = number(said)
-    return value is not None and value == gsm8k_gold(row)
+    return value is not None and value == TASKS["gsm8k"]["gold"](row)
 
 
-# ---------------------------------------------------------------------------------------------- math, arc, code
+# ------------------------------------------------------------------------------------ math, arc, code
+MARKS = re.compile(r"\\(?:boxed|text(?:bf|rm)?|math(?:bf|rm))\{|\\[()\[\]]|[*${}`]")
+FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)^[ \t]*```", re.S | re.M)
+
+
 def math_gold(row):
-    return str(row["answer"]) if row.get("answer") is not None else last_box(str(row.get("solution")))
+    box = last_box(row["solution"]) if type(row.get("solution")) is str else None
+    gold = box if row.get("answer") is None else row["answer"]
+    right = type(gold) in (str, int) or type(gold) is float and math.isfinite(gold)
+    return str(gold).strip() if right else None  # a list can never be right
 
 
 def math_(said, row):
-    """Equal to the gold as mathematics.
-
-    - normalised LaTeX first, then math-verify in a worker process that is killed after 2 s: see mathematics.py
-    - where the gold is one value, a list or set of guesses, `18 or 20`, two boxes, or a false equation is wrong; `x=5` is 5
-    - a numeric answer must be exact, not rounded; it may be written in all the ways of gsm8k's
-    """
-    gold = math_gold(row)
-    product = re.search(r"[0-9)}]\s*[a-zA-Z]{1,2}(?![a-zA-Z])|[0-9][a-zA-Z]", said[:200])
-    value = None if product or "=" in gold else number(said)  # `5r`, `2 ab` are no numbers with units; y=5 is not x=5
-    return value is not None and value == number(mathematics.tidy(gold)) or mathematics.equal(gold, said)
-
-
-MARKS = re.compile(r"\\(?:boxed|text(?:bf|rm)?|math(?:bf|rm))\{|\\[()\[\]]|[*${}`]")
+    """Equal to the gold as mathematics: see extras/mathematics.py."""
+    from extras import mathematics
+    return mathematics.equal(math_gold(row), said)
 
 
 def bare(text):
@@ -192,7 +227,7 @@ def bare(text):
 
 
 def arc(said, row):
-    """Exactly one of the row's labels (`B`, `(B)`, `B.`, `B) its text`, `B - its text`), or exactly one choice's text."""
+    """Exactly one of the row's labels (`B`, `(B)`, `B.`, `B) text`, `B - text`), or one choice's text."""
     if len(said) > 2000:
         return False
     choices = dict(zip(row["choices"]["label"], row["choices"]["text"]))
@@ -203,52 +238,126 @@ def arc(said, row):
     return [name for name, text in choices.items() if bare(text) == bare(said)] == [row["answerKey"]]
 
 
-FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)^[ \t]*```", re.S | re.M)
+def arc_gold(row):
+    labels, key = row["choices"]["label"], row["answerKey"]
+    fits_once = len(set(labels)) == len(labels) == len(row["choices"]["text"])
+    return key if fits_once and key in labels and arc(key, row) else None
 
 
 def code(said, row):
-    """The last fenced block of the answer (of the tail, if there is no answer tag), or the bare answer, passes every test.
+    """The last fenced block of the answer (or of a tail without one), or the bare answer, passes the tests.
 
-    How it is run, and what that does not protect from: see sandbox.py.
+    How it is run, and what that does not protect from: see extras/sandbox.py.
     """
+    from extras import sandbox
     blocks = FENCED.findall(said[-200_000:]) or [re.sub(r"\A\s*```.*", "", said)]
     return sandbox.passes(blocks[-1], row["test_list"], row.get("test_setup_code") or "")
 
 
-# ---------------------------------------------------------------------------------------------- the other parts
+def code_gold(row):
+    """The tests, unless they are no Python or say nothing: no program can pass those."""
+    try:
+        ast.parse(row["test_setup_code"])
+        return row["test_list"] if ast.parse("\n".join(row["test_list"])).body else None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+# ------------------------------------------------------------------------------------ parts and scores
+TERM = r"(?:-?\(+)?-?[0-9]{1,12}(?:\.[0-9]{1,9})?\)*"
+SIDE = rf"{TERM}(?: ?[-+*/] ?{TERM})*"
+EQUATIONS = re.compile(rf"(?<![-+*/^=.()\w\\])(?<![-+*/^=(] ){SIDE}(?: ?= ?{SIDE})+"
+                       r"(?![\w(^\\]| ?[-+*/^]|\.[0-9])")
+STEP = re.compile("[0-9)][-+*/]")  # of a side that is more than a number
+MARKUP = re.compile(r"\$|`|\\[()\[\]]|\*\*(?:(?![0-9(])|(?<![0-9)]\*\*))")  # but 2**3 is a power
+TIMES = re.compile("(?<=[0-9]) ?[xX] ?(?=[0-9])")
+GROUPS = re.compile("(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
+
+
 def format_part(text, style):
-    """1.0: one non-empty reasoning block, then one non-empty answer block, and white space; no tag repeated or nested."""
+    """1.0: one non-empty reasoning block, one non-empty answer block, white space; no tag twice or nested."""
     pieces = TAGS[style].split(text)
     blank = [not piece or piece.isspace() for piece in pieces[::2]]
     in_order = pieces[1::2] == [f"<{style}>", f"</{style}>", "<answer>", "</answer>"]
     return float(in_order and blank == [True, False, True, False, True])
 
 
-def length_part(n_tokens, length=LENGTH):
-    """0 up to length[0] tokens, falling linearly to -1 at length[1]; 0 where n_tokens is None."""
-    over = 0 if n_tokens is None else n_tokens - length[0]
-    return -min(1.0, over / max(length[1] - length[0], 1e-9)) if over > 0 else 0.0
-
-
 def process_part(text, style, nums=None):
-    """Share of the distinct equations of the reasoning that are true, `3+5=8`; countdown: and whose operands are at hand."""
-    reasoning = text.rpartition(f"</{style}>")[0]
-    return arithmetic.share_true(reasoning[:20_000].rpartition(f"<{style}>")[2], nums) if "=" in reasoning else 0.0
+    """Share of the distinct equations `3+5=8` of the reasoning that are true; 0 where there is none.
+
+    Repeating one, in whatever order, earns nothing more, an idle one nothing. With `nums`, operands must be
+    at hand: given numbers or results of true equations so far, each used up by the step with it. A step may
+    start from any point reached before, as several tries do. 200 equations and 64 points count.
+    """
+    reasoning = text.rpartition(f"</{style}>")[0][:20_000].rpartition(f"<{style}>")[2]
+    pools, verdicts = [sorted(nums or ())], {}  # verdicts: None for an equation that is true and idle
+    for one, other in equations(reasoning):
+        steps = [side for side in (one, other) if STEP.search(side)]
+        if not steps or len(verdicts) >= 200:
+            continue
+        left, right = ((evaluate(side) or (None,))[0] for side in (one, other))
+        key = (left, right, *sorted(re.findall("[-+*/]|[0-9.]+", f"{one}={other}")))
+        if key in verdicts:
+            continue
+        true = left is not None and left == right
+        if true and nums is not None:
+            # a difference may be written either way round, and continues as a positive number
+            moves = [played(side, abs(left), pools) for side in steps]
+            true = all(moves)
+            pools += moves[-1][:64 - len(pools)] if true else []
+        verdicts[key] = None if true and idle(one, other) else true
+    counted = [verdict for verdict in verdicts.values() if verdict is not None]
+    return sum(counted) / len(counted) if counted else 0.0
 
 
-def efficiency_part(said, row):
-    """Countdown, for a right answer: length of the shortest way to write it / its length: needless parentheses cost."""
-    _, shortest, written = expression(said, row)
-    return min(1.0, len(shortest) / len(written))
+def equations(text):
+    """The neighbouring sides, without spaces, of all equations of a text; `a=b=c` gives two pairs."""
+    text = "\n".join([line for line in text.split("\n") if "=" in line])
+    text = re.sub(r"[ \t]{2,}|\t", " ", plain_signs(MARKUP.sub(" ", text)))
+    text = re.sub(r"(?m)^ ?[-*\u2022] |(?<=[0-9])\.0+(?![0-9])", "", text)  # bullets; 5.0 is 5
+    for chain in EQUATIONS.findall(TIMES.sub("*", GROUPS.sub("", text))):
+        sides = []
+        for side in chain.replace(" ", "").split("="):
+            surplus = side.count("(") - side.count(")")  # of the text around its equation: (so 3+5=8)
+            sides.append(side[surplus:] if surplus > 0 else side[:len(side) + surplus])
+        yield from zip(sides, sides[1:])
 
 
-# ---------------------------------------------------------------------------------------------- scores
+def operands(side):
+    return [Fraction(number) for number in OPERAND.findall(side)]
+
+
+def played(side, result, pools):
+    """The numbers at hand after a step, for each of `pools` (lists of numbers) that holds its operands."""
+    reached = []
+    for pool in pools:
+        rest = Counter(pool)
+        rest.subtract(operands(side))
+        if min(rest.values()) >= 0:
+            reached.append([*rest.elements(), result])
+    return reached
+
+
+def idle(one, other):
+    """Does a true equation hold whatever its numbers are, 0 and 1 aside? Then it works nothing out: `3+5=5+3`
+    and, with an operand as result, `0+3=3`, `1*1=1`, `8+2-2=8`. But `5-5=0` does."""
+    result, steps = sorted((one, other), key=lambda side: bool(STEP.search(side)))
+    if not STEP.search(result) and operands(result)[0] not in operands(steps):
+        return False
+    def stand_in(match):  # another number for each, the same for the same
+        digits, number = match[0], Fraction(match[0])
+        return digits if number in (0, 1) else str(pow(int(number * 10**9), 5, 999_983) + 2)
+    left, right = (evaluate(OPERAND.sub(stand_in, side), 2000) for side in (one, other))
+    return left is not None and right is not None and left[0] == right[0]
+
+
 def grade(task, text, row, style, strict):
-    """(1.0 where the answer is right, else 0.0; the answer). Programs may also stand in the tail, without an answer tag."""
+    """(1.0 if the answer is right, else 0.0; the answer). A program may stand in the tail without tags."""
     said = answer(text, style, strict or task == "code", row["choices"]["label"] if task == "arc" else None)
-    if task == "code" and said is None and FENCED.search(rest := tail(text, style) or ""):
-        said = rest
-    return float(bool(said) and TASKS[task]["grade"](said, row)), said
+    if task == "code" and said is None:
+        rest = tail(text, style) or ""
+        said = rest if FENCED.search(rest) else None
+    return float(bool(said) and bool(TASKS[task]["grade"](said, row))), said
 
 
 def correct(task, text, row, style="reasoning", strict=True):
@@ -257,14 +366,15 @@ def correct(task, text, row, style="reasoning", strict=True):
 
 
 def score(task, text, row, style="reasoning", weights=None, n_tokens=None, length=LENGTH, strict=True):
-    """Every part by name, and their weighted sum "reward". Parts that `weights` does not name weigh nothing."""
+    """Every part by name, and their weighted sum "reward"; what `weights` does not name weighs nothing."""
     right, said = grade(task, text, row, style, strict)
+    of = TASKS[task]
     parts = {
         "correct": right,
         "format": format_part(text, style),
-        "length": length_part(n_tokens, length),
-        "process": process_part(text, style, row["nums"] if task == "countdown" else None),
-        "efficiency": efficiency_part(said, row) if right and task == "countdown" else 0.0,
+        "length": 0 - min(1.0, max(0, (n_tokens or 0) - length[0]) / max(length[1] - length[0], 1e-9)),
+        "process": process_part(text, style, row.get(of.get("at_hand"))),
+        "efficiency": of["efficiency"](said, row) if right and "efficiency" in of else 0.0,
     }
     weights = WEIGHTS if weights is None else weights
     # summed exactly and rounded, so that rounding cannot put a wrong answer above a right one
@@ -272,83 +382,93 @@ def score(task, text, row, style="reasoning", weights=None, n_tokens=None, lengt
     return parts
 
 
-def score_batch(tasks, texts, rows, style="reasoning", weights=None, n_tokens=None, length=LENGTH, strict=True):
+def score_batch(tasks, texts, rows, style="reasoning", weights=None, n_tokens=None, **options):
     """score() for many, in their order; code and math, which wait for other processes, on all cores."""
     n_tokens = [None] * len(texts) if n_tokens is None else n_tokens
     items = list(zip(tasks, texts, rows, n_tokens, strict=True))
-
     def one(item):
-        return score(*item[:3], style, weights, item[3], length, strict)
-    slow = [i for i, item in enumerate(items) if TASKS[item[0]].get("slow")]
-    if len(slow) < 2:
-        return [one(item) for item in items]
-    from concurrent.futures import ThreadPoolExecutor
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's, which share the cores
-    cores = len(os.sched_getaffinity(0)) // processes
-    with ThreadPoolExecutor(max(1, min(cores, len(slow)))) as threads:
-        waiting = {i: threads.submit(one, items[i]) for i in slow}
-        return [waiting[i].result() if i in waiting else one(item) for i, item in enumerate(items)]
+        return score(*item[:3], style, weights, item[3], **options)
+    slow = sum("extra" in TASKS[task] for task in tasks)
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes
+    with ThreadPoolExecutor(max(1, min(cores, slow))) as threads:
+        return list((threads.map if slow > 1 else map)(one, items))
 
 
-# ---------------------------------------------------------------------------------------------- what a task asks
+def parse_weights(texts):
+    """["correct=1", "format=0.2"] -> {part: weight} of all parts, those not named at 0; else DataError."""
+    weights = dict.fromkeys(WEIGHTS, 0.0)
+    for text in texts:
+        match = re.fullmatch(r"(\w+)=((?:[0-9]{1,20}\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,2})?)", text)
+        if not match or match[1] not in weights:
+            parts = ", ".join(weights)
+            raise DataError(f"--weights {text}: must be PART=NUMBER, PART one of {parts}, NUMBER 0 or more")
+        weights[match[1]] = float(match[2])
+    return weights
+
+
+# ------------------------------------------------------------------------------------ what a task asks
 FORM = """{0}
 
 First reason step by step between <{1}> and </{1}>. Then give the answer alone between <answer> and </answer>:
 <{1}>\nyour reasoning\n</{1}>\n<answer>\nyour answer\n</answer>"""
 
-
-def arc_question(row):
-    choices = zip(row["choices"]["label"], row["choices"]["text"])
-    return "\n".join([row["question"], *(f"{label}) {text}" for label, text in choices)])
-
-
-def arc_gold(row):
-    labels, texts = row["choices"]["label"], row["choices"]["text"]
-    return row["answerKey"] if row["answerKey"] in labels and len(labels) == len(texts) else None
-
-
-def code_question(row):
-    """MBPP's own prompt: the task, then the tests, without which the function's name would be a guess."""
-    return f"{row['text']}\nYour code should pass these tests:\n\n" + "\n".join(row["test_list"])
-
-
-# columns      name -> type, a list of one type, or a dict of columns
-# data         the default PATH of a source, and after a blank the hub's configuration
-# instruction  the system turn, to which messages() adds the form; ask: row -> the user turn, the problem alone
-# grade        (said, row) -> right or not; slow: it waits for other processes, so that score_batch() runs several at once
-# gold         row -> the right answer, None or "" where the row cannot be scored; needs: what load_rows() says then
+# columns: name -> type, a list of one type, or a dict of columns; data: a source's default PATH, and after a
+# blank its configuration on the hub; instruction: the system turn before the form; ask: row -> the user turn;
+# grade: (said, row) -> is it right; gold: row -> the right answer, None or "" if none can be; needs: what
+# load_rows() says then. And where a task has it, worked: row -> (reasoning, answer), to train on and to show;
+# extra: the file in extras/ that grades it; at_hand: the column of numbers for process; efficiency.
 TASKS = {
     "countdown": {
         "columns": {"nums": [int], "target": int}, "data": "data/countdown", "grade": countdown,
+        "instruction": "You solve Countdown number problems. Combine the given numbers with +, -, *, / and "
+                       "parentheses into one expression that equals the target. Use each number exactly "
+                       "once. The answer is the expression alone.",
         "ask": lambda row: f"Numbers: {row['nums']}\nTarget: {row['target']}",
-        "gold": lambda row: row["target"] if min(row["nums"], default=-1) >= 0 else None,
-        "needs": "'nums' must hold numbers of 0 or more",
-        "instruction": "You solve Countdown number problems. Combine the given numbers with +, -, *, / and parentheses into one "
-                       "expression that equals the target. Use each number exactly once. The answer is the expression alone.",
+        "gold": lambda row: row["target"] if expression("+".join(map(str, row["nums"])), row) else None,
+        "needs": "'nums' must hold numbers of 0 or more that fit an expression of 200 characters",
+        "worked": lambda row: (row.get("trace") or f"{row.get('solution')}={row['target']}",
+                               row.get("trace_answer") or row.get("solution")),
+        "at_hand": "nums", "efficiency": lambda said, row: min(1.0, expression(said, row)[1] / len(said)),
     },
     "gsm8k": {
         "columns": {"question": str, "answer": str}, "data": "openai/gsm8k main", "grade": gsm8k,
-        "gold": gsm8k_gold, "needs": "'answer' must end in one number, as in '#### 72'", "ask": lambda row: row["question"],
-        "instruction": "You solve grade-school math word problems. The answer is one number alone, without unit or explanation.",
+        "instruction": "You solve grade-school math word problems. The answer is one number alone, without "
+                       "unit or explanation.",
+        "ask": lambda row: row["question"], "gold": lambda row: number(row["answer"].rpartition("####")[2]),
+        "needs": "'answer' must end in one number, as in '#### 72'",
+        "worked": lambda row: re.sub("<<.*?>>", "", row["answer"]).rpartition("####")[::2],
     },
     "math": {
-        "columns": {"problem": str}, "data": "HuggingFaceH4/MATH-500", "grade": math_, "slow": True,
-        "ask": lambda row: row["problem"],
-        "gold": math_gold, "needs": "needs a column 'answer', or a 'solution' with a \\boxed{}",
-        "instruction": "You solve mathematics problems. The answer is the final result alone, in LaTeX, simplified and exact.",
+        "columns": {"problem": str}, "data": "HuggingFaceH4/MATH-500", "grade": math_, "extra": "mathematics",
+        "instruction": "You solve mathematics problems. The answer is the final result alone, in LaTeX, "
+                       "simplified and exact.",
+        "ask": lambda row: row["problem"], "gold": math_gold,
+        "needs": "needs a text or number as 'answer', or a 'solution' with a \\boxed{}",
+        "worked": lambda row: (row.get("solution"), math_gold(row)),
     },
     "arc": {
-        "columns": {"question": str, "choices": {"text": [str], "label": [str]}, "answerKey": str}, "grade": arc,
-        "data": "allenai/ai2_arc ARC-Challenge", "ask": arc_question,
-        "gold": arc_gold, "needs": "'answerKey' must be one of the labels, and 'choices' must hold as many labels as texts",
-        "instruction": "You answer multiple-choice science questions. The answer is the label of the right choice alone.",
+        "columns": {"question": str, "choices": {"text": [str], "label": [str]}, "answerKey": str},
+        "data": "allenai/ai2_arc ARC-Challenge", "grade": arc, "gold": arc_gold,
+        "instruction": "You answer multiple-choice science questions. The answer is the label of the right "
+                       "choice alone.",
+        "ask": lambda row: "\n".join([row["question"], *map(
+            "{}) {}".format, row["choices"]["label"], row["choices"]["text"])]),
+        "needs": "'answerKey' must be one of the labels, 'choices' must hold one text for each label",
+        # the right choice's text stands for the reasoning that ARC does not have
+        "worked": lambda row: (row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])],
+                               row["answerKey"]),
     },
     "code": {
-        "columns": {"text": str, "test_list": [str], "test_setup_code": str}, "data": "google-research-datasets/mbpp",
-        "grade": code, "slow": True, "ask": code_question,
-        "gold": lambda row: row["test_list"] or None, "needs": "'test_list' must not be empty",
-        "instruction": "You write Python programs. The answer is the whole program in one fenced block (```python), with its imports, "
-                       "without tests or examples of use.",
+        "columns": {"text": str, "test_list": [str], "test_setup_code": str}, "grade": code,
+        "data": "google-research-datasets/mbpp", "extra": "sandbox", "gold": code_gold,
+        "instruction": "You write Python programs. The answer is the whole program in one fenced block "
+                       "(```python), with its imports, without tests or examples of use.",
+        # MBPP's own prompt: without the tests the function's name would be a guess
+        "ask": lambda row: f"{row['text']}\nYour code should pass these tests:\n\n" + "\n".join(
+            row["test_list"]),
+        "needs": "'test_list' and 'test_setup_code' must be Python, and 'test_list' not empty",
+        "worked": lambda row: ("The tests say what is asked for.", row.get("code") and f"```python\n"
+                               f"{row['code'].strip()}\n```".replace("\r\n", "\n")),
     },
 }
 
@@ -359,37 +479,122 @@ def messages(task, row, style="reasoning"):
             {"role": "user", "content": TASKS[task]["ask"](row)}]
 
 
-# ---------------------------------------------------------------------------------------------- rows
-def ready(task):
-    """What the task's grader still needs on this machine, or None."""
-    if task == "math" and not find_spec("math_verify"):
-        return "needs `pip install math-verify`"
-    if task == "code" and not sandbox.passes("def f(): return 1", ["assert f() == 1"]):
-        return "this machine does not let sandbox.py run programs (it is made for Linux)"
-    return None
+def worked_completion(task, row, style="reasoning"):
+    """A row's worked answer as the completion that a model is to write; DataError where it has none."""
+    worked = TASKS[task]["worked"](row) if "worked" in TASKS[task] else None
+    if worked and all(isinstance(part, str) for part in worked):
+        reasoning, said = worked
+        text = f"<{style}>{reasoning.strip()}</{style}>\n<answer>{said.strip()}</answer>"
+        if format_part(text, style):  # neither is empty, and neither holds a tag
+            return text
+    raise DataError(f"{task}: a row without a worked answer: countdown needs `trace` and `trace_answer`, or "
+                    "`solution`; gsm8k steps before its ####; math a `solution`; code a column `code`")
 
 
+# ------------------------------------------------------------------------------------ rows
 def load_rows(source, split):
-    """Rows of a SOURCE, `TASK[=PATH][:N]`, each checked and with its "task" added; DataError says what is wrong with one.
+    """Rows of a SOURCE, `TASK[=PATH][:N]`, each checked and with its "task" added; else DataError.
 
-    split: train, val or test. PATH is a .jsonl or .parquet file (whatever the split), a folder that holds {split}.jsonl or
-    {split}.parquet, or else a hub id; without PATH the task's default. N takes the first N rows.
+    split: train, val or test. PATH is a .jsonl or .parquet file (whatever the split), a folder that holds
+    {split}.jsonl or {split}.parquet, or a hub id; without PATH, the task's default. N takes the first N rows.
     """
     spec, colon, count = source.rpartition(":") if ":" in source else (source, "", "")
     task, equals, path = spec.partition("=")
     if task not in TASKS:
-        raise DataError(f"{source}: no task '{task}'; a source is TASK[=PATH][:N], TASK one of {', '.join(TASKS)}")
+        raise DataError(f"{source}: no task '{task}'; those of TASK[=PATH][:N] are {', '.join(TASKS)}")
     if colon and not re.fullmatch("0*[1-9][0-9]{0,11}", count) or equals and not path:
         raise DataError(f"{source}: a source is TASK[=PATH][:N], N the number of rows to take, 1 or more")
+    extra = TASKS[task].get("extra")
+    if extra and not Path(__file__).with_name("extras").joinpath(f"{extra}.py").is_file():
+        raise DataError(f"{source}: the task {task} needs extras/{extra}.py beside rewards.py")
+    if task == "math" and not find_spec("math_verify"):
+        raise DataError(f"{source}: the task math needs `pip install math-verify`")
+    if task == "code" and not code("def f(): return 1", {"test_list": ["assert f() == 1"]}):
+        raise DataError(f"{source}: this machine does not let extras/sandbox.py run programs")
     default, _, config = TASKS[task]["data"].partition(" ")
-    path = path or default
-    found = read_rows(path, config or None if path == default else None, split)
+    found = read_rows(path or default, split, config if path in ("", default) else "")
     rows = []
     for place, row in islice(found, int(count) if colon else None):
         check(row, TASKS[task]["columns"], place)
         if TASKS[task]["gold"](row) in (None, ""):
             raise DataError(f"{place}: {TASKS[task]['needs']}")
         rows.append({**row, "task": task})
-    if missing := ready(task):
-        raise DataError(f"{source}: {missing}")
+    if not rows:
+        raise DataError(f"{path or default}: holds no rows")
     return rows
+
+
+def check(row, columns, place):
+    """DataError where a column is missing or of another kind."""
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: a row must be an object with the columns {', '.join(columns)}")
+    for column, kind in columns.items():
+        if column not in row:
+            raise DataError(f"{place}: column '{column}' is missing (needed are {', '.join(columns)})")
+        if not fits(row[column], kind):
+            wanted = json.dumps(kind, default=lambda kind: kind.__name__).replace('"', "")
+            given = json.dumps(row[column], default=str)[:60]
+            raise DataError(f"{place}: column '{column}' must be {wanted}, not {given}")
+
+
+def fits(value, kind):
+    """kind: a type, a list of one kind, or a dict of columns with theirs."""
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(item, kind[0]) for item in value)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(fits(value.get(name), of) for name, of in kind.items())
+    return type(value) is kind
+
+
+def read_rows(path, split, config):
+    """Yields (place, row) for each row of a file, a folder or a hub id; place is its file and line."""
+    here = Path(os.path.expanduser(path))  # which leaves ~nobody as it is
+    try:
+        if here.is_dir():
+            stems = ("val", "validation") if split == "val" else (split,)
+            held = sorted(here.iterdir())
+            files = [file for file in held if file.stem in stems and file.suffix in (".jsonl", ".parquet")]
+            if not files:
+                names = ", ".join(file.name for file in held[:8]) or "nothing"
+                raise DataError(f"{here}: holds no {split}.jsonl or {split}.parquet, but {names}")
+            here = files[0]
+        if here.suffix == ".jsonl":
+            yield from jsonl_rows(here)
+        elif here.suffix == ".parquet":
+            from pyarrow.parquet import read_table
+            for i, row in enumerate(read_table(here).to_pylist(), 1):
+                yield f"{here}, row {i}", row
+        elif here.exists():
+            raise DataError(f"{here}: a data file must end in .jsonl or .parquet")
+        elif re.fullmatch(r"(?!data/)\w[\w.-]*/[\w.-]+", path):  # OWNER/NAME; data/NAME is a folder not there
+            yield from hub_rows(path, split, config)
+        else:
+            raise DataError(f"{here}: no such file or folder")
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{here}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def jsonl_rows(file):
+    with open(file, "rb") as lines:
+        for i, line in ((i, line) for i, line in enumerate(lines, 1) if line.strip()):
+            place = f"{file}, line {i}"
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+                json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate could not be written again
+            except json.JSONDecodeError as error:
+                raise DataError(f"{place}, column {error.colno}: broken JSON ({error.msg})") from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{place}: cannot be read ({error})") from None
+            yield place, row
+
+
+def hub_rows(path, split, config):
+    try:
+        from datasets import load_dataset
+        loaded = load_dataset(path, config or None, split={"val": "validation"}.get(split, split))
+    except Exception as error:  # no network, no such set, no such split, no such library: many types
+        raise DataError(f"{path}: not here, nor on the hub: {' '.join(str(error).split())[:200]}") from None
+    for i, row in enumerate(loaded, 1):
+        yield f"{path}, row {i}", row

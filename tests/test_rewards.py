@@ -1,33 +1,35 @@
-"""What holds for every text, every weight and every source, beyond single cases."""
-
+"""Rewards: what every case must score, and what holds for every text, every weight and every source."""
 import json
 import math
-import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 
-import arithmetic
-import mathematics
 import rewards
 
 ROWS = {
-    "countdown": {"nums": [2, 3, 4], "target": 20},
-    "gsm8k": {"question": "How many pens?", "answer": "Steps.\n#### 18"},
-    "math": {"problem": "What is $9+9$?", "answer": "18"},
+    "countdown": {"nums": [2, 3, 4], "target": 20, "solution": "(2+3)*4"},
+    "gsm8k": {"question": "How many pens?", "answer": "There are 9+9=<<9+9=18>>18 pens.\n#### 18"},
+    "math": {"problem": "What is $9+9$?", "solution": "It is $9+9=\\boxed{18}$.", "answer": "18"},
     "arc": {
         "question": "Which gas?",
         "choices": {"text": ["oxygen", "carbon dioxide"], "label": ["A", "B"]},
         "answerKey": "B",
     },
-    "code": {"text": "Double it.", "test_list": ["assert f(2) == 4"], "test_setup_code": ""},
+    "code": {
+        "text": "Double it.",
+        "test_list": ["assert f(2) == 4"],
+        "test_setup_code": "",
+        "code": "def f(x):\r\n    return 2 * x\r\n",
+    },
 }
 RIGHT = {"countdown": "(2+3)*4", "gsm8k": "18", "math": "18", "arc": "B", "code": "def f(x): return 2 * x"}
 WRONG = {"countdown": "2+3+4", "gsm8k": "20", "math": "20", "arc": "A", "code": "def f(x): return 5"}
@@ -38,26 +40,49 @@ def completion(answer, reasoning="So.", style="reasoning"):
     return f"<{style}>{reasoning}</{style}>\n<answer>{answer}</answer>"
 
 
-def printed_by(script):
+def process(reasoning, nums=None):
+    row = {"nums": nums, "target": 1} if nums else ROWS["gsm8k"]
+    return rewards.score("countdown" if nums else "gsm8k", completion("1", reasoning), row)["process"]
+
+
+def printed_by(script, folder=Path(rewards.__file__).parent):
     """What a fresh interpreter prints that runs this."""
-    argv = [sys.executable, "-c", script]
-    return subprocess.run(argv, cwd=Path(rewards.__file__).parent, capture_output=True, text=True, check=True).stdout
+    argv = [sys.executable, "-c", dedent(script)]
+    return subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
 def seconds(action):
-    """Processor time of the fastest of up to four runs: what others do to this machine meanwhile is no fault of the grader's."""
+    """Processor time of the fastest of up to four runs: what others do to this machine is not the grader's."""
     times = []
-    for _ in range(4):
+    while len(times) < 4 and (not times or times[-1] > 0.02):
         started = time.process_time()
         action()
         times.append(time.process_time() - started)
-        if times[-1] < 0.02:
-            break
     return min(times)
 
 
-# ---------------------------------------------------------------------------------------------- any text
+# ------------------------------------------------------------------------------------ cases
+CASES = [json.loads(line) for line in Path(__file__).with_name("reward_cases.jsonl").read_text().splitlines()]
 
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
+def test_case_gets_the_score_it_must(case):
+    """`want`: a part's value (a pair is a range), `answer_strict`, `correct_flexible`; `expand` {"@@1": [unit, n]}
+    stands for the unit n times in place of `@@1`."""
+    task, text, row, style, want = case["task"], case["text"], case["row"], case["style"], dict(case["want"])
+    for mark, (unit, n) in case.get("expand", {}).items():
+        text = text.replace(mark, unit * n)
+    if "answer_strict" in want:
+        assert rewards.answer(text, style) == want.pop("answer_strict")
+    if "correct_flexible" in want:
+        assert rewards.correct(task, text, row, style, strict=False) == want.pop("correct_flexible")
+    parts = rewards.score(task, text, row, style, n_tokens=case.get("n_tokens"))
+    for part, value in want.items():
+        low, high = value if isinstance(value, list) else (value, value)
+        assert low <= parts[part] <= high, part
+
+
+# ------------------------------------------------------------------------------------ any text
 try:
     from hypothesis import HealthCheck, given, settings, strategies as st
 except ImportError:
@@ -66,76 +91,27 @@ except ImportError:
     def test_properties_over_random_text():
         pass
 else:
-    CALM = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+    CALM = settings(
+        max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    )
+    TAGS = ["<reasoning>", "</reasoning>", "<think>", "</think>", "<answer>", "</answer>"]
     PIECES = [
-        "<reasoning>",
-        "</reasoning>",
-        "<think>",
-        "</think>",
-        "<answer>",
-        "</answer>",
-        "\\boxed{",
-        "}",
-        "{",
-        "####",
-        "answer is ",
-        "\\frac",
-        "\\text{",
-        "\\times",
-        "\n",
-        " ",
-        "=",
-        "+",
-        "-",
-        "*",
-        "/",
-        "(",
-        ")",
-        "1",
-        "2",
-        "3",
-        "4",
-        "20",
-        "18",
-        ",",
-        ".",
-        "$",
-        "%",
-        "A",
-        "B",
-        "x",
-        "\u2212",
-        "\u00d7",
-        "\u0663",
-        "\ud800",
-        "\0",
-        "\u200b",
-        "**",
-        "```",
-        "1,000",
-        "2+3=5",
-        "\\",
-        "^",
-        "_",
-        "[",
-        "]",
-    ]
+        "\\boxed{", "}", "{", "####", "answer is ", "\\frac", "\\text{", "\\times", "\n", " ", "=", "+", "-", "*", "/",
+        "(", ")", "1", "2", "3", "4", "20", "18", ",", ".", "$", "%", "A", "B", "x", "\u2212", "\u00d7", "\u0663",
+        "\ud800", "\0", "\u200b", "**", "```", "1,000", "2+3=5", "\\", "^", "_", "[", "]",
+    ]  # fmt: skip
     TEXTS = st.one_of(
         st.text(),
-        st.lists(st.sampled_from(PIECES), max_size=60).map("".join),
-        st.lists(st.tuples(st.sampled_from(PIECES), st.integers(1, 400)), max_size=6).map(
+        st.lists(st.sampled_from(TAGS + PIECES), max_size=60).map("".join),
+        st.lists(st.tuples(st.sampled_from(TAGS + PIECES), st.integers(1, 400)), max_size=6).map(
             lambda parts: "".join(piece * n for piece, n in parts)
         ),
     )
-    ANSWERS = st.one_of(TEXTS, st.lists(st.sampled_from(PIECES[20:]), max_size=12).map("".join)).map(completion)
+    ANSWERS = st.one_of(TEXTS, st.lists(st.sampled_from(PIECES), max_size=12).map("".join)).map(completion)
+    STYLE = st.sampled_from(rewards.STYLES)
 
     @CALM
-    @given(
-        text=st.one_of(TEXTS, ANSWERS),
-        task=st.sampled_from(FAST),
-        style=st.sampled_from(rewards.STYLES),
-        strict=st.booleans(),
-    )
+    @given(text=st.one_of(TEXTS, ANSWERS), task=st.sampled_from(FAST), style=STYLE, strict=st.booleans())
     def test_any_text_is_scored_within_bounds_and_50_ms(text, task, style, strict):
         row = json.loads(json.dumps(ROWS[task]))
         assert seconds(lambda: rewards.score(task, text, row, style, strict=strict)) < 0.05
@@ -143,41 +119,27 @@ else:
         assert parts["correct"] in (0.0, 1.0) and parts["format"] in (0.0, 1.0) and parts["length"] == 0
         assert 0 <= parts["process"] <= 1 and 0 <= parts["efficiency"] <= 1 and math.isfinite(parts["reward"])
         assert row == ROWS[task]
-        assert rewards.score(task, text, row, style, strict=strict) == parts
 
     @CALM
-    @given(text=st.one_of(TEXTS, ANSWERS), style=st.sampled_from(rewards.STYLES))
+    @given(text=st.one_of(TEXTS, ANSWERS), style=STYLE)
     def test_strict_and_flexible_agree_where_there_is_an_answer_block(text, style):
         said = rewards.answer(text, style)
         assert said is None or rewards.answer(text, style, strict=False) == said
 
-    @CALM
-    @given(text=st.lists(st.sampled_from(PIECES[19:]), max_size=30).map("".join))
-    def test_any_mathematics_is_compared_without_an_error(text):
-        assert mathematics.equal("18", text) in (True, False)
+    def combined(inner):
+        pairs = st.tuples(inner, st.sampled_from("+-*/"), inner)
+        return st.one_of(pairs.map(lambda t: f"({t[0]}{t[1]}{t[2]})"), inner.map("(-{})".format))
 
     @CALM
-    @given(
-        st.recursive(
-            st.integers(0, 99).map(str),
-            lambda inner: st.one_of(
-                st.tuples(inner, st.sampled_from("+-*/"), inner).map(lambda t: f"({t[0]}{t[1]}{t[2]})"),
-                inner.map("(-{})".format),
-            ),
-            max_leaves=8,
-        )
-    )
-    def test_value_and_shortest_form_of_an_expression_are_exact(text):
-        found = arithmetic.evaluate(text)
+    @given(st.recursive(st.integers(0, 99).map(str), combined, max_leaves=8))
+    def test_the_value_of_an_expression_is_exact(text):
         try:
-            value = eval(
-                __import__("re").sub("[0-9]+", r"Fraction(\g<0>)", text), {"Fraction": Fraction}
-            )  # our own text, not a model's
+            fractions = re.sub("[0-9]+", r"Fraction(\g<0>)", text)
+            value = eval(fractions, {"Fraction": Fraction})  # the test's own text, not a model's
         except ZeroDivisionError:
-            assert found is None
+            assert rewards.evaluate(text) is None
         else:
-            assert found[0] == value
-            assert len(found[1]) <= len(text) and arithmetic.evaluate(found[1]) == (value, found[1])
+            assert rewards.evaluate(text)[0] == value and rewards.evaluate(text)[1] <= len(text)
 
     PART = st.floats(0, 10, allow_nan=False)
 
@@ -191,141 +153,136 @@ else:
         ugly=TEXTS,
     )
     def test_no_wrong_answer_outscores_a_right_one(task, others, more, n_tokens, reasoning, ugly):
-        weights = dict(zip(("format", "length", "process", "efficiency"), others), correct=math.fsum(others) + more)
-        best_wrong = [
-            rewards.score(task, completion(WRONG[task], r), ROWS[task], weights=weights)
-            for r in ("2+3=5 5*4=20", "9+9=18", reasoning)
-        ]
-        worst_right = [
-            rewards.score(task, text, ROWS[task], weights=weights, n_tokens=n_tokens)
-            for text in (
-                f"<answer>{RIGHT[task]}</answer>",
-                f"<answer>{RIGHT[task]}</answer>" + ugly.replace("<", ""),
-                completion(RIGHT[task], "1=2, 2+2=5"),
-            )
-        ]
-        assert all(parts["correct"] == 0 for parts in best_wrong) and all(
-            parts["correct"] == 1 for parts in worst_right
-        )
-        assert max(parts["reward"] for parts in best_wrong) <= min(parts["reward"] for parts in worst_right)
+        names = ("format", "length", "process", "efficiency")
+        weights = dict(zip(names, others), correct=math.fsum(others) + more)
+        for text in ("2+3=5 5*4=20", "9+9=18", reasoning):
+            wrong = rewards.score(task, completion(WRONG[task], text), ROWS[task], weights=weights)
+            block = f"<answer>{RIGHT[task]}</answer>"
+            for right in (block, block + ugly.replace("<", ""), completion(RIGHT[task], "1=2, 2+2=5")):
+                best = rewards.score(task, right, ROWS[task], weights=weights, n_tokens=n_tokens)
+                assert (wrong["correct"], best["correct"]) == (0, 1) and wrong["reward"] <= best["reward"]
+
+    @CALM
+    @given(text=st.one_of(TEXTS, TEXTS.map(lambda text: completion("1", text))), task=st.sampled_from(FAST))
+    def test_with_the_default_weights_a_wrong_answer_earns_at_most_format_and_a_tenth(text, task):
+        parts = rewards.score(task, text, ROWS[task])
+        assert parts["correct"] or parts["reward"] <= 0.3 * parts["format"] + 0.1 * parts["process"] + 1e-9
 
 
-@pytest.mark.parametrize(
-    "unit",
-    [
-        "<answer>",
-        "</answer>",
-        "<reasoning>",
-        "((-1)",
-        "1--",
-        "1+1=2-",
-        "1=",
-        "1,000,",
-        "\\boxed{",
-        "$",
-        "\u00d7",
-        "answer is ",
-        "B ",
-        "\n",
-        "9",
-        "(1",
-    ],
-)
+UNITS = ["<answer>", "</answer>", "<reasoning>", "((-1)", "1--", "1+1=2-", "1=", "1,000,", "\\boxed{", "$", "\u00d7",
+         "answer is ", "B ", "\n", "9", "(1", "1+1=", "a "]  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", UNITS)
 def test_a_megabyte_of_anything_is_scored_quickly(unit):
     body = unit * (1_000_000 // len(unit))
     for text in (body, completion("18", body), completion(body), "<reasoning>a</reasoning>" + body):
-        for task in FAST:
-            assert (
-                seconds(lambda: rewards.score(task, text, ROWS[task], strict=False)) < 0.05 * 4
-            )  # a quadratic step would take minutes
+        for task in FAST:  # a quadratic step would take minutes
+            assert seconds(lambda: rewards.score(task, text, ROWS[task], strict=False)) < 0.2
 
 
 def test_scoring_does_not_grow_memory():
-    script = dedent("""
+    script = """
         import random, resource, rewards
         random.seed(0)
 
         def go(n):
             for _ in range(n):
                 a, b = random.randint(1, 10**9), random.randint(1, 10**9)
-                text = f"<reasoning>{a}+{b}={a + b} " + "so " * 100 + f"</reasoning><answer>{a}+{b}" + " " * 150 + "</answer>"
+                text = f"<reasoning>{a}+{b}={a + b} " + "so " * 100 + f"</reasoning><answer>{a}+{b}</answer>"
                 rewards.score("countdown", text, {"nums": [a, b], "target": a + b})
                 rewards.score("gsm8k", text, {"answer": f"#### {a}"})
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
         print(-go(4500) + go(4500))
-        """)
+        """
     assert int(printed_by(script)) < 8_000  # kB
 
 
 def test_loading_takes_neither_torch_nor_a_tenth_of_a_second():
-    script = dedent("""
+    script = """
         import sys, time
         start = time.process_time()
         import rewards
-        print(time.process_time() - start, {"torch", "transformers", "numpy", "sympy", "datasets"} & set(sys.modules) or "none")
-        """)
+        heavy = {"torch", "transformers", "numpy", "sympy", "datasets", "extras"} & set(sys.modules)
+        print(time.process_time() - start, heavy or "none")
+        """
     outs = [printed_by(script).split() for _ in range(3)]
     assert outs[0][1] == "none" and min(float(out[0]) for out in outs) < 0.1
 
 
-# ---------------------------------------------------------------------------------------------- the shape of the reward
+# ------------------------------------------------------------------------------------ numbers
+@pytest.mark.parametrize("gold, said", [
+    ("-57", "Answer: \\boxed{-57}"), ("-57", "The total is **-57**"), ("-57", "Answer: $-57$"), ("-5", "x = -\\$5"),
+    ("-57", "-57 degrees"), ("5", "5 dollars a day"), ("5", "5 (five)"), ("5", "5 months"), ("5", "US$5"),
+    ("5", "5 teeth"), ("5", "5 miles/hour"), ("5", "5 g"), ("1234", "Answer: 1,234"), ("5", "5 pairs"),
+])  # fmt: skip
+def test_labels_markup_and_units_are_no_part_of_a_number(gold, said):
+    assert rewards.gsm8k(said, {"answer": f"#### {gold}"})
 
 
-@pytest.mark.parametrize("task", ROWS)
-def test_copying_the_prompt_earns_nothing(task):
-    for style in rewards.STYLES:
-        prompt = rewards.messages(task, ROWS[task], style)
-        copied = "\n".join(message["content"] for message in prompt)
-        for text in (
-            copied,
-            prompt[0]["content"],
-            prompt[1]["content"],
-            completion(prompt[1]["content"], prompt[0]["content"].replace("<", ""), style),
-        ):
-            parts = rewards.score(task, text, ROWS[task], style)
-            assert parts["correct"] == 0 and parts["process"] == 0 and parts["efficiency"] == 0
+@pytest.mark.parametrize("said", [
+    "5 halves", "5 thirds", "5 tenths", "5 quarters", "5 sixteenths", "5 hundredths", "5 quadrillion", "5 billions",
+    "negative: 5", "minus: 5", "half: 5", "twice: 5", "5 false", "false: 5", "5 wrong", "5 squared", "5 below zero",
+    "5 a.m.", "5 PM", "5 BC", "5 x", "5n", "5 a", "5 B", "5 mil", "5 fold", "5th", "5 degrees north", "H5", "at least 5",
+])  # fmt: skip
+def test_words_that_change_a_value_make_it_wrong(said):
+    assert not rewards.gsm8k(said, {"answer": "#### 5"})
 
 
-@pytest.mark.parametrize("task", FAST)
-def test_repeating_and_padding_never_pay(task):
-    weights = dict.fromkeys(rewards.WEIGHTS, 1.0)
-    plain = completion(RIGHT[task], "2+3=5 5*4=20 2*3=7")
-    base = rewards.score(task, plain, ROWS[task], weights=weights)["reward"]
-    for text in (
-        plain * 2,
-        plain + plain.partition("\n")[2],
-        completion(RIGHT[task], "2+3=5 5*4=20 2*3=7 " * 50),
-        completion(RIGHT[task], "2+3=5 2 + 3 = 5 (2+3)=5 2+3=5.0 5*4=20 2*3=7"),
-        plain + "\n" * 1000,
-        completion(RIGHT[task] + " " * 20, "2+3=5 5*4=20 2*3=7"),
-        completion(plain, plain),
-        "<reasoning>" * 3 + plain,
-        plain + "</answer>",
-    ):
-        assert rewards.score(task, text, ROWS[task], weights=weights)["reward"] <= base
+def test_a_minus_between_two_things_is_no_sign():
+    for said in ("x-57", "$x$-57", "total -57", "20-57", "- -57", "-$-57"):
+        assert not rewards.gsm8k(said, {"answer": "#### -57"}), said
 
 
-def test_length_only_ever_costs():
-    rewarded = [
-        rewards.score("gsm8k", completion("18"), ROWS["gsm8k"], n_tokens=n)["reward"] for n in range(0, 1200, 50)
-    ]
-    assert rewarded == sorted(rewarded, reverse=True) and rewarded[0] == 1.5 and rewarded[-1] == 1.4
-    assert rewards.score("gsm8k", completion("18"), ROWS["gsm8k"], n_tokens=150, length=(100, 200))["length"] == -0.5
-    assert rewards.score("gsm8k", completion("18"), ROWS["gsm8k"], n_tokens=101, length=(100, 100))["length"] == -1
+@pytest.mark.parametrize("written, shortest", [
+    ("2--(3*(4))", "2+3*4"), ("-(3*4)+20", "-3*4+20"), ("2-(-3+4)", "2-(-3+4)"),
+    ("2/-(3*4)", "2/(-3*4)"), ("8-(3-2)", "8-(3-2)"), ("8/(2*2)", "8/(2*2)"), ("2*(3*4)", "2*3*4"),
+    ("((2+3))*4", "(2+3)*4"), ("( 2 + 3 ) * 4", "(2+3)*4"),
+])  # fmt: skip
+def test_padding_with_spaces_signs_and_parentheses_costs_efficiency(written, shortest):
+    row = {"nums": [int(n) for n in re.findall("[0-9]+", written)]}
+    row["target"] = rewards.evaluate(written)[0]
+    efficiency = rewards.score("countdown", completion(written), row)["efficiency"]
+    assert efficiency == pytest.approx(len(shortest) / len(written))
+
+
+# ------------------------------------------------------------------------------------ process
+@pytest.mark.parametrize("idle", [
+    "3+5=5+3", "3+5=3+5", "5+3+0=3+5", "2*(3+4)=(4+3)*2", "1*1=1", "0+3=3", "3-0=3", "3*1=3", "3/1=3", "0*5=0",
+    "8+2-2=8", "8*2/2=8", "0+0=0", "3=3", "3=1*3", "2.0+3=3+2",
+])  # fmt: skip
+def test_equations_that_work_nothing_out_earn_nothing(idle):
+    assert process(idle) == 0
+    assert process(f"4+4=8 {idle}") == 1 and process(f"4+4=9 {idle}") == 0  # nor do they hide a false one
+
+
+def test_equations_that_work_something_out_earn_their_share():
+    for work in ("3+5=8", "6-3=3", "4/2=2", "5-5=0", "1+1=2", "3+5=10-2", "48 x 2 = 96", "(so 3+5=8)", "10/4=2.5"):
+        assert process(work) == 1 and process(f"{work} 4+4=9") == 0.5, work
+
+
+def test_repeating_an_equation_in_another_form_earns_nothing_more():
+    forms = "3+5=8 5+3=8 8=3+5 (3+5)=8 3 + 5 = 8 3+5=8.0 3.0+5=8"
+    assert process(f"{forms} 4+4=9") == process("3+5=8 4+4=9") == 0.5
 
 
 def test_process_cannot_be_farmed_with_true_but_foreign_equations():
     padding = " ".join(f"{a}+{b}={a + b}" for a in range(5, 25) for b in range(5, 15))
-    assert rewards.score("countdown", completion("2+3+4", padding), ROWS["countdown"])["process"] == 0
+    assert process(padding, [2, 3, 4]) == 0
     spun = " ".join(f"2+3=5 5+4=9 {'0+' * k}9=9" for k in range(1, 9))
-    assert rewards.score("countdown", completion("2+3+4", spun), ROWS["countdown"])["process"] < 0.3
+    assert process(spun, [2, 3, 4]) < 0.3
+
+
+def test_a_step_that_only_uses_up_a_number_still_moves_the_game():
+    assert process("7*1=7 7*3=21", [7, 1, 3]) == 1
+    assert process("7*1=7", [7, 1, 3]) == 0
 
 
 def test_every_line_of_a_true_trace_earns_its_process():
     noise = random.Random(0)
     for _ in range(300):
-        nums = [noise.randint(1, 12) for _ in range(3)]
+        nums = [noise.randint(2, 12) for _ in range(3)]
         lines = []
         for _ in range(noise.randint(1, 7)):
             pool, steps = list(nums), []
@@ -335,37 +292,72 @@ def test_every_line_of_a_true_trace_earns_its_process():
                 pool.append({"+": a + b, "-": a - b, "*": a * b, "/": b and a // b}[sign])
                 steps.append(f"{a}{sign}{b}={pool[-1]}")
             lines.append(" ".join(steps) + noise.choice([" no", " ok"]))
-        row = {"nums": nums, "target": 1}
-        assert rewards.score("countdown", completion("1", "\n".join(lines)), row)["process"] == 1, lines
+        assert process("\n".join(lines), nums) == 1, lines
 
 
-@pytest.mark.parametrize(
-    "written, shortest",
-    [
-        ("2--(3*(4))", "2+3*4"),
-        ("2--(3+4)", "2+3+4"),
-        ("2+(-3+4)", "2-3+4"),
-        ("-(3*4)+20", "-3*4+20"),
-        ("-(-3*4)", "3*4"),
-        ("--(2+3)", "2+3"),
-        ("2-(-3+4)", "2-(-3+4)"),
-        ("2/-(3*4)", "2/(-3*4)"),
-        ("8-(3-2)", "8-(3-2)"),
-        ("8/(2*2)", "8/(2*2)"),
-    ],
-)
-def test_padding_with_signs_and_parentheses_is_seen(written, shortest):
-    assert arithmetic.evaluate(written)[1] == shortest
+# ------------------------------------------------------------------------------------ the shape of the reward
+@pytest.mark.parametrize("task", ROWS)
+def test_copying_the_prompt_earns_nothing(task):
+    for style in rewards.STYLES:
+        prompt = [message["content"] for message in rewards.messages(task, ROWS[task], style)]
+        copied = completion(prompt[1], prompt[0].replace("<", ""), style)
+        for text in ("\n".join(prompt), *prompt, copied):
+            parts = rewards.score(task, text, ROWS[task], style)
+            assert parts["correct"] == 0 and parts["process"] == 0 and parts["efficiency"] == 0
+
+
+@pytest.mark.parametrize("task", FAST)
+def test_repeating_and_padding_never_pay(task):
+    weights = dict.fromkeys(rewards.WEIGHTS, 1.0)
+    steps = "2+3=5 5*4=20 2*3=7"
+    plain = completion(RIGHT[task], steps)
+    base = rewards.score(task, plain, ROWS[task], weights=weights)["reward"]
+    for text in (
+        plain * 2,
+        plain + plain.partition("\n")[2],
+        completion(RIGHT[task], f"{steps} " * 50),
+        plain + "\n" * 1000,
+        completion(RIGHT[task] + " " * 20, steps),
+        completion(plain, plain),
+        "<reasoning>" * 3 + plain,
+        plain + "</answer>",
+    ):
+        assert rewards.score(task, text, ROWS[task], weights=weights)["reward"] <= base
+
+
+def test_length_only_ever_costs():
+    def scored(n_tokens, **length):
+        return rewards.score("gsm8k", completion("18"), ROWS["gsm8k"], "reasoning", {"length": 1}, n_tokens, **length)
+
+    rewarded = [scored(n)["reward"] for n in range(0, 1200, 50)]
+    assert rewarded == sorted(rewarded, reverse=True) and rewarded[0] == 0 and rewarded[-1] == -1
+    assert scored(150, length=(100, 200))["length"] == -0.5
+    assert scored(101, length=(100, 100))["length"] == -1 and scored(100, length=(100, 100))["length"] == 0
 
 
 def test_weights_name_the_parts_that_count():
     text = completion("18", "9+9=18")
-    assert rewards.score("gsm8k", text, ROWS["gsm8k"])["reward"] == 1.5
+    assert rewards.score("gsm8k", text, ROWS["gsm8k"])["reward"] == 1.4
     assert rewards.score("gsm8k", text, ROWS["gsm8k"], weights={"correct": 1, "format": 0.2})["reward"] == 1.2
     assert rewards.score("gsm8k", text, ROWS["gsm8k"], weights={"process": 2})["reward"] == 2
 
 
-# ---------------------------------------------------------------------------------------------- batches, threads, processes
+def test_every_part_has_its_weight_and_the_default_lets_correct_decide():
+    assert [*rewards.score("arc", "B", ROWS["arc"])] == [*rewards.WEIGHTS, "reward"]
+    assert rewards.WEIGHTS["correct"] >= sum(rewards.WEIGHTS.values()) - rewards.WEIGHTS["correct"]
+
+
+def test_weights_are_read_from_the_command_line():
+    read = rewards.parse_weights(["correct=1", "format=.2", "length=1e-2"])
+    assert read == {"correct": 1, "format": 0.2, "length": 0.01, "process": 0, "efficiency": 0}
+
+
+@pytest.mark.parametrize("text", ["correct", "correct=", "=1", "style=1", "format=-1", "format=nan", "format=inf",
+                                  "format=1=2", "format= 1", "", "reward=1", "format=0x1"])  # fmt: skip
+def test_wrong_weights_get_one_line(text):
+    with pytest.raises(rewards.DataError, match="PART=NUMBER") as error:
+        rewards.parse_weights(["correct=1", text])
+    assert "\n" not in str(error.value)
 
 
 def test_a_batch_is_the_same_as_one_by_one_and_in_order():
@@ -381,149 +373,82 @@ def test_a_batch_is_the_same_as_one_by_one_and_in_order():
     assert rewards.score_batch([], [], []) == []
 
 
-def test_math_works_from_any_thread():
-    with ThreadPoolExecutor(4) as threads:
-        verdicts = list(
-            threads.map(lambda k: mathematics.equal(f"{k}\\sqrt{{3}}", f"\\sqrt{{{3 * k * k}}}"), range(2, 14))
-        )
-    assert verdicts == [True] * 12
+def test_a_batch_takes_any_text():
+    texts = ["", "\ud800", "\0", completion("\ud800"), completion("1\ud800", "\udfff=1"), completion("\0")]
+    tasks = [task for task in ROWS for _ in texts]
+    scored = rewards.score_batch(tasks, texts * len(ROWS), [ROWS[task] for task in tasks])
+    assert [parts["correct"] for parts in scored] == [0.0] * len(tasks)
 
 
-def test_math_works_in_a_forked_process_and_beside_it():
-    assert mathematics.equal("2\\sqrt{5}", "\\sqrt{20}")
-    if (pid := os.fork()) == 0:
-        right = mathematics.equal("3\\sqrt{5}", "\\sqrt{45}") and not mathematics.equal("3\\sqrt{5}", "\\sqrt{46}")
-        mathematics.end_workers()
-        os._exit(0 if right else 1)
-    assert mathematics.equal("4\\sqrt{5}", "\\sqrt{80}")
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-
-
-def test_a_comparison_that_hangs_is_ended_and_the_next_one_works(monkeypatch):
-    monkeypatch.setattr(mathematics, "too_heavy", lambda text: False)
-    started = time.time()
-    assert not mathematics.equal("18", "(((9^{99999})^{99999})^{99999})!") and not mathematics.equal("18", "(10^{8})!")
-    assert time.time() - started < 40
-    assert mathematics.equal("5\\sqrt{5}", "\\sqrt{125}")
-
-
-def test_workers_end_with_their_process():
-    script = (
-        "import mathematics\nassert mathematics.equal('2\\\\sqrt{3}', '\\\\sqrt{12}')\nprint(mathematics.IDLE[0].pid)"
-    )
-    pid = int(printed_by(script))
-    assert not os.path.exists(f"/proc/{pid}")
-
-
-def test_hostile_mathematics_costs_little():
-    noise = random.Random(1)
-    atoms = ["9", "10^8", "x", "\\pi", "18", "7!", "(x+1)^{99}", "10^{100}", "\\sin x", "n", "e"]
-
-    def grow(depth):
-        if depth == 0:
-            return noise.choice(atoms)
-        a, b = grow(depth - 1), grow(depth - 1)
-        return noise.choice(
-            [f"({a})^{{{b}}}", f"{a}^{b}", f"\\frac{{{a}}}{{{b}}}", f"\\sqrt{{{a}}}", f"({a})!", f"({a})({b})"]
-        )
-
-    texts = (
-        [grow(noise.randint(1, 6)) for _ in range(800)]
-        + ["(" * k + "18" for k in range(0, 10_000, 100)]
-        + ["9^{" * k + "9" + "}" * k for k in range(1, 90)]
-        + [unit * 200_000 for unit in ("{", "\\frac", "1,", "$", "\\boxed{1}", "a", "\\text{", "\\pm", "^", "or ")]
-    )
-    started = time.time()
-    for text in texts:
-        assert mathematics.equal("17", text) is False or text.count("18") == 0
-    assert time.time() - started < 60
-
-
-@pytest.mark.parametrize(
-    "gold",
-    [
-        "\\frac{1}{2}",
-        "x^2+1",
-        "(3,4]",
-        "1,-2",
-        "\\text{east}",
-        "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}",
-        "\\{1\\pm\\sqrt{5},-2\\}",
-        "(0,9) \\cup (9,36)",
-        "x=5",
-        "y = 2x + 3",
-        "864 \\mbox{ inches}^2",
-        "\\$32,\\!348",
-        "2516_8",
-        "90^\\circ",
-        "\\text{(C)}",
-        "11,\\! 111,\\! 111,\\! 100",
-        "5x - 7y + 11z + 4 = 0",
-        "\\cot x",
-        "6 - 5i",
-    ],
-)
-def test_golds_accept_themselves_in_every_wrapping_and_reject_the_others(gold):
-    for said in (gold, f"${gold}$", f"\\boxed{{{gold}}}", f"\\[{gold}\\]", f" {gold}. ", f"**{gold}**"):
-        assert mathematics.equal(gold, said), said
-    for other in (
-        "\\frac{1}{3}",
-        "x^2-1",
-        "(3,4)",
-        "[3,4]",
-        "1,2",
-        "\\text{west}",
-        "\\begin{pmatrix} 2 \\\\ 1 \\end{pmatrix}",
-        "7",
-        "\\text{(D)}",
-        f"{gold}, 77",
-        f"77 or {gold}",
-        "",
-    ):
-        assert not mathematics.equal(gold, other), other
-
-
-# ---------------------------------------------------------------------------------------------- prompts and rows
-
-
+# ------------------------------------------------------------------------------------ prompts and worked answers
 @pytest.mark.parametrize("style", rewards.STYLES)
 @pytest.mark.parametrize("task", ROWS)
-def test_prompt_has_instructions_in_the_system_turn_and_the_problem_in_the_users(task, style):
+def test_the_instructions_stand_in_the_system_turn_and_the_problem_in_the_users(task, style):
     system, user = rewards.messages(task, ROWS[task], style)
     assert (system["role"], user["role"]) == ("system", "user")
-    assert (
-        all(tag in system["content"] for tag in (f"<{style}>", f"</{style}>", "<answer>", "</answer>"))
-        and "<" not in user["content"]
-    )
-    assert RIGHT[task] not in user["content"].replace("B) ", "") or task in ("math",)
+    assert all(tag in system["content"] for tag in (f"<{style}>", f"</{style}>", "<answer>", "</answer>"))
+    assert "<" not in user["content"]
+    assert RIGHT[task] not in user["content"].replace("B) ", "") or task == "math"
 
 
 def test_countdown_prompt_is_numbers_and_target():
-    assert (
-        rewards.messages("countdown", {"nums": [3, 5, 8], "target": 24})[1]["content"]
-        == "Numbers: [3, 5, 8]\nTarget: 24"
-    )
+    row = {"nums": [3, 5, 8], "target": 24}
+    assert rewards.messages("countdown", row)[1]["content"] == "Numbers: [3, 5, 8]\nTarget: 24"
 
 
-def test_a_task_is_one_function_and_one_row(monkeypatch, tmp_path):
-    def vowels(said, row):
-        return rewards.number(said) == sum(row["word"].count(vowel) for vowel in "aeiou")
-
-    task = {
-        "columns": {"word": str},
-        "data": "data/vowels",
-        "grade": vowels,
-        "gold": lambda row: row["word"],
-        "needs": "'word' must not be empty",
-        "ask": lambda row: f"How many vowels are in '{row['word']}'?",
-        "instruction": "You count letters. The answer is one number alone.",
-    }
-    monkeypatch.setitem(rewards.TASKS, "vowels", task)
-    (row,) = rewards.load_rows(f"vowels={write(tmp_path / 'train.jsonl', [{'word': 'banana'}])}", "train")
-    assert rewards.messages("vowels", row)[1]["content"] == "How many vowels are in 'banana'?"
-    assert [rewards.correct("vowels", completion(said), row) for said in ("3", "3 vowels", "2", "")] == [1, 1, 0, 0]
+@pytest.mark.parametrize("task, worked", [
+    ("countdown", "<think>(2+3)*4=20</think>\n<answer>(2+3)*4</answer>"),
+    ("gsm8k", "<think>There are 9+9=18 pens.</think>\n<answer>18</answer>"),
+    ("math", "<think>It is $9+9=\\boxed{18}$.</think>\n<answer>18</answer>"),
+    ("arc", "<think>carbon dioxide</think>\n<answer>B</answer>"),
+    ("code", "<think>The tests say what is asked for.</think>\n"
+             "<answer>```python\ndef f(x):\n    return 2 * x\n```</answer>"),
+])  # fmt: skip
+def test_a_worked_answer_is_a_right_completion(task, worked):
+    assert rewards.worked_completion(task, ROWS[task], "think") == worked
+    parts = rewards.score(task, worked, ROWS[task], "think")
+    assert parts["correct"] == 1 and parts["format"] == 1
 
 
+def test_a_trace_comes_before_the_solution():
+    row = {**ROWS["countdown"], "trace": "2+3=5 5+4=9 no", "trace_answer": "2+3+4"}
+    assert rewards.worked_completion("countdown", row) == completion("2+3+4", "2+3=5 5+4=9 no").replace(">So.", ">")
+
+
+@pytest.mark.parametrize("task, row", [
+    ("countdown", {"nums": [1, 2], "target": 3}),
+    ("gsm8k", {"question": "How many?", "answer": "#### 3"}),
+    ("math", {"problem": "What?", "answer": "3"}),
+    ("math", {"problem": "What?", "answer": "3", "solution": "It </reasoning> is 3."}),
+    ("code", {"text": "Double.", "test_list": ["assert f(2) == 4"], "test_setup_code": ""}),
+])  # fmt: skip
+def test_a_row_without_a_worked_answer_gets_one_line(task, row):
+    with pytest.raises(rewards.DataError, match=f"{task}: a row without a worked answer") as error:
+        rewards.worked_completion(task, row)
+    assert "\n" not in str(error.value)
+
+
+def test_a_task_of_ones_own_is_one_row(monkeypatch, tmp_path):
+    def palindrome(said, row):
+        return len(said) == row["length"] and said == said[::-1]
+
+    monkeypatch.setitem(rewards.TASKS, "palindrome", {
+        "columns": {"length": int}, "data": "data/palindrome", "grade": palindrome,
+        "gold": lambda row: row["length"] or None, "needs": "'length' must be at least 1",
+        "ask": lambda row: f"Write a palindrome of {row['length']} letters.",
+        "instruction": "You write palindromes. The answer is the palindrome alone.",
+        "worked": lambda row: ("The same letter again and again.", "a" * row["length"]),
+    })  # fmt: skip
+    (row,) = rewards.load_rows(f"palindrome={write(tmp_path / 'train.jsonl', [{'length': 5}])}", "train")
+    assert rewards.messages("palindrome", row)[1]["content"] == "Write a palindrome of 5 letters."
+    texts = [completion(said) for said in ("level", "lever", "noon", "")] + [rewards.worked_completion("palindrome", row)]
+    scored = rewards.score_batch(["palindrome"] * 5, texts, [row] * 5)
+    assert [parts["correct"] for parts in scored] == [1, 0, 0, 0, 1]
+    with pytest.raises(rewards.DataError, match="line 1: 'length' must be at least 1"):
+        rewards.load_rows(f"palindrome={write(tmp_path / 'train.jsonl', [{'length': 0}])}", "train")
+
+
+# ------------------------------------------------------------------------------------ rows
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -533,10 +458,8 @@ def test_rows_come_with_their_task_and_all_their_columns(tmp_path):
     for task, row in ROWS.items():
         file = write(tmp_path / f"{task}.jsonl", [{**row, "extra": 1}] * 3)
         assert rewards.load_rows(f"{task}={file}", "test") == [{**row, "extra": 1, "task": task}] * 3
-        assert (
-            len(rewards.load_rows(f"{task}={file}:2", "train")) == 2
-            and len(rewards.load_rows(f"{task}={file}:9", "train")) == 3
-        )
+        assert len(rewards.load_rows(f"{task}={file}:2", "train")) == 2
+        assert len(rewards.load_rows(f"{task}={file}:9", "train")) == 3
 
 
 def test_folders_give_the_split_that_is_asked_for(tmp_path):
@@ -560,66 +483,79 @@ def test_parquet_reads_like_jsonl(tmp_path):
 GOOD = json.dumps(ROWS["gsm8k"])
 
 
-@pytest.mark.parametrize(
-    "task, content, says",
-    [
-        ("gsm8k", GOOD + "\n" + GOOD[:-3] + "\n", "line 2, column"),
-        ("gsm8k", "", "no rows"),
-        ("gsm8k", "\n \n", "no rows"),
-        ("gsm8k", "[1]\n", "line 1"),
-        ("gsm8k", "{}\n", "'question'"),
-        ("gsm8k", '{"question": "a"}\n', "'answer'"),
-        ("gsm8k", '{"question": "a", "answer": 5}\n', "'answer'"),
-        ("gsm8k", '{"question": "a", "answer": "none"}\n', "'answer'"),
-        ("gsm8k", "\ufffe\n", "line 1"),
-        ("gsm8k", "[" * 100_000 + "\n", "line 1"),
-        ("gsm8k", '{"question": "a", "answer": ' + "9" * 5000 + "}\n", "line 1"),
-        ("countdown", '{"nums": [1, 2]}\n', "'target'"),
-        ("countdown", '{"nums": [1, "2"], "target": 3}\n', "'nums'"),
-        ("countdown", '{"nums": [1, 2.0], "target": 3}\n', "'nums'"),
-        ("countdown", '{"nums": [1, true], "target": 3}\n', "'nums'"),
-        ("countdown", '{"nums": [], "target": 3}\n', "'nums'"),
-        ("countdown", '{"nums": [-1, 2], "target": 3}\n', "'nums'"),
-        ("countdown", '{"nums": "12", "target": 3}\n', "'nums'"),
-        ("countdown", '{"nums": [1, 2], "target": null}\n', "'target'"),
-        ("math", '{"problem": "a"}\n', "'answer'"),
-        ("math", '{"problem": "a", "solution": "no box"}\n', "boxed"),
-        ("math", '{"answer": "a"}\n', "'problem'"),
-        ("math", '{"problem": "a", "answer": ""}\n', "'answer'"),
-        ("arc", '{"question": "a", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"}\n', "'answerKey'"),
-        ("arc", '{"question": "a", "choices": {"text": ["a"]}, "answerKey": "A"}\n', "'choices'"),
-        ("arc", '{"question": "a", "choices": {"text": ["a", "b"], "label": ["A"]}, "answerKey": "A"}\n', "'choices'"),
-        ("code", '{"text": "a", "test_list": [], "test_setup_code": ""}\n', "'test_list'"),
-        ("code", '{"text": "a", "test_list": "x", "test_setup_code": ""}\n', "'test_list'"),
-    ],
-)
+def arc_row(labels, key, texts=("a", "b")):
+    choices = {"text": list(texts), "label": labels}
+    return json.dumps({"question": "a", "choices": choices, "answerKey": key}) + "\n"
+
+
+def code_row(*tests, setup=""):
+    return json.dumps({"text": "a", "test_list": tests, "test_setup_code": setup}) + "\n"
+
+
+@pytest.mark.parametrize("task, content, says", [
+    ("gsm8k", GOOD + "\n" + GOOD[:-3] + "\n", "line 2, column"),
+    ("gsm8k", "", "no rows"),
+    ("gsm8k", "\n \n", "no rows"),
+    ("gsm8k", "[1]\n", "line 1"),
+    ("gsm8k", "{}\n", "'question'"),
+    ("gsm8k", '{"question": "a"}\n', "'answer'"),
+    ("gsm8k", '{"question": "a", "answer": 5}\n', "'answer'"),
+    ("gsm8k", '{"question": "a", "answer": "none"}\n', "'answer'"),
+    ("gsm8k", '{"question": "a", "answer": "#### 1/2"}\n', "'answer'"),
+    ("gsm8k", '{"question": "a\\ud800", "answer": "#### 1"}\n', "line 1"),
+    ("gsm8k", '{"question": "a", "answer": "#### 1", "note": {"\\udfff": 1}}\n', "line 1"),
+    ("gsm8k", "\ufffe\n", "line 1"),
+    ("gsm8k", "[" * 100_000 + "\n", "line 1"),
+    ("gsm8k", '{"question": "a", "answer": ' + "9" * 5000 + "}\n", "line 1"),
+    ("countdown", '{"nums": [1, 2]}\n', "'target'"),
+    ("countdown", '{"nums": [1, "2"], "target": 3}\n', "'nums'"),
+    ("countdown", '{"nums": [1, 2.0], "target": 3}\n', "'nums'"),
+    ("countdown", '{"nums": [1, true], "target": 3}\n', "'nums'"),
+    ("countdown", '{"nums": [], "target": 3}\n', "'nums'"),
+    ("countdown", '{"nums": [-1, 2], "target": 3}\n', "'nums'"),
+    ("countdown", '{"nums": "12", "target": 3}\n', "'nums'"),
+    ("countdown", '{"nums": [1, 2], "target": null}\n', "'target'"),
+    ("countdown", json.dumps({"nums": [1] * 101, "target": 101}) + "\n", "200 characters"),
+    ("math", '{"problem": "a"}\n', "'answer'"),
+    ("math", '{"problem": "a", "solution": "no box"}\n', "boxed"),
+    ("math", '{"problem": "a", "solution": ["\\\\boxed{1}"]}\n', "boxed"),
+    ("math", '{"answer": "a"}\n', "'problem'"),
+    ("math", '{"problem": "a", "answer": ""}\n', "'answer'"),
+    ("math", '{"problem": "a", "answer": "  "}\n', "'answer'"),
+    ("math", '{"problem": "a", "answer": ["18"]}\n', "'answer'"),
+    ("math", '{"problem": "a", "answer": true}\n', "'answer'"),
+    ("math", '{"problem": "a", "answer": NaN}\n', "'answer'"),
+    ("arc", arc_row(["A", "B"], "C"), "'answerKey'"),
+    ("arc", arc_row(["A", "A"], "A"), "each label"),
+    ("arc", arc_row(["A", "$1"], "$1"), "'answerKey'"),
+    ("arc", arc_row(["A", ""], ""), "'answerKey'"),
+    ("arc", arc_row(["A"], "A"), "'choices'"),
+    ("arc", '{"question": "a", "choices": {"text": ["a"]}, "answerKey": "A"}\n', "'choices'"),
+    ("code", code_row(), "'test_list'"),
+    ("code", code_row(""), "'test_list'"),
+    ("code", code_row("# nothing", " "), "'test_list'"),
+    ("code", code_row("assert f(2) =="), "'test_list'"),
+    ("code", code_row("assert f(2) == 4", setup="import"), "'test_setup_code'"),
+    ("code", '{"text": "a", "test_list": "x", "test_setup_code": ""}\n', "'test_list'"),
+])  # fmt: skip
 def test_bad_data_gets_one_line_that_names_file_and_place(task, content, says, tmp_path):
     file = tmp_path / "train.jsonl"
     file.write_bytes(content.encode("utf-8"))
     with pytest.raises(rewards.DataError) as error:
         rewards.load_rows(f"{task}={tmp_path}", "train")
-    assert says in str(error.value) and "train.jsonl" in str(error.value) and "\n" not in str(error.value)
+    line = str(error.value)
+    assert says in line and ("train.jsonl" in line or says == "no rows") and "\n" not in line
+    line.encode()
 
 
-@pytest.mark.parametrize(
-    "source, says",
-    [
-        ("nothing", "no task"),
-        ("", "no task"),
-        ("gsm8k:", "TASK[=PATH][:N]"),
-        ("gsm8k:0", "1 or more"),
-        ("gsm8k:-1", "1 or more"),
-        ("gsm8k:x", "N the number"),
-        ("gsm8k=", "TASK[=PATH][:N]"),
-        ("gsm8k=:3", "TASK[=PATH][:N]"),
-        ("gsm8k:1e3", "N the number"),
-        ("gsm8k=/no/such/file.jsonl", "no such file"),
-        ("gsm8k=no-such-folder", "no such file"),
-        ("gsm8k=data/no-such-folder", "no such file"),
-        ("gsm8k=./a/b", "no such file"),
-        ("GSM8K", "no task"),
-    ],
-)
+@pytest.mark.parametrize("source, says", [
+    ("nothing", "no task"), ("", "no task"), ("GSM8K", "no task"), ("gsm8k:", "TASK[=PATH][:N]"),
+    ("gsm8k:0", "1 or more"), ("gsm8k:-1", "1 or more"), ("gsm8k:x", "N the number"), ("gsm8k:1e3", "N the number"),
+    ("gsm8k=", "TASK[=PATH][:N]"), ("gsm8k=:3", "TASK[=PATH][:N]"), ("gsm8k=/no/such/file.jsonl", "No such file"),
+    ("gsm8k=no-such-folder", "no such file"), ("gsm8k=data/no-such-folder", "no such file"),
+    ("gsm8k=./a/b", "no such file"), ("gsm8k=~nouser/x.jsonl", "No such file"), ("gsm8k=~nouser", "no such file"),
+    ("gsm8k=\0.jsonl", "null byte"),
+])  # fmt: skip
 def test_bad_sources_get_one_line(source, says):
     with pytest.raises(rewards.DataError) as error:
         rewards.load_rows(source, "train")
@@ -628,18 +564,44 @@ def test_bad_sources_get_one_line(source, says):
 
 def test_a_folder_without_the_split_says_what_it_holds(tmp_path):
     write(tmp_path / "test.jsonl", [ROWS["gsm8k"]])
-    with pytest.raises(rewards.DataError, match="train.jsonl.*it holds test.jsonl"):
+    with pytest.raises(rewards.DataError, match="no train.jsonl or train.parquet, but test.jsonl"):
         rewards.load_rows(f"gsm8k={tmp_path}", "train")
     (tmp_path / "x.csv").write_text("a")
     with pytest.raises(rewards.DataError, match="must end in"):
         rewards.load_rows(f"gsm8k={tmp_path / 'x.csv'}", "train")
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line_and_soon(monkeypatch):
-    pytest.importorskip("datasets")
-    import rows
+def test_a_set_that_the_hub_does_not_give_is_one_line(monkeypatch):
+    datasets = pytest.importorskip("datasets")
 
-    monkeypatch.setattr(rows, "reachable", lambda endpoint: False)
-    with pytest.raises(rewards.DataError, match="nobody/nothing: not a file or folder here") as error:
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("cannot reach\nthe hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(rewards.DataError, match="nobody/nothing: not here, nor on the hub: cannot reach the hub"):
         rewards.load_rows("gsm8k=nobody/nothing", "train")
-    assert "\n" not in str(error.value)
+
+
+def test_alone_beside_folders_of_its_own_name_it_loads_and_names_what_math_and_code_need(tmp_path):
+    shutil.copy(rewards.__file__, tmp_path)
+    for name in ("rewards", "extras", "grpo", "countdown", "data", "openai", "math_verify"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "train.jsonl", [ROWS["gsm8k"]])
+    script = """
+        import rewards
+        print(len(rewards.load_rows("gsm8k=train.jsonl", "train")))
+        for task in ("math", "code"):
+            try:
+                rewards.load_rows(f"{task}=no-such-file.jsonl", "train")
+            except rewards.DataError as error:
+                print(error)
+        """
+    rows, *lines = printed_by(script, tmp_path).splitlines()
+    assert rows == "1" and len(lines) == 2
+    assert "extras/mathematics.py beside rewards.py" in lines[0] and "extras/sandbox.py" in lines[1]
+
+
+def test_without_math_verify_math_is_one_line_before_its_data(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(rewards.DataError, match="pip install math-verify"):
+        rewards.load_rows("math=no-such-file.jsonl", "train")
