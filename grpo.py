@@ -1,595 +1,1032 @@
-"""GRPO: teach a language model to reason with verifiable rewards, group sampling and a clipped policy gradient.
+"""GRPO: teach a language model to reason with verifiable rewards and group sampling.
 
-One step of the loop below, with the numbers that the code repeats:
+One step of the loop in train(), with the numbers that the code repeats:
 
-1. Draw prompts. A curriculum brings a prompt back the sooner the likelier its group is to disagree with itself.
-2. Sample a group of G completions for each. Token ids are kept end to end, never re-tokenised; the end token is part of
-   the completion and is trained.
-3. Score every completion with rewards.py. A group whose rewards are all equal carries no gradient: fresh prompts are
-   drawn in place of such groups, up to --max_resample times (DAPO, arXiv 2503.14476, section 3.2).
-4. Advantage of a completion: (reward - mean of its group) / std of its group (GRPO, arXiv 2402.03300, section 4.1.2).
-5. Log-probabilities of the sampled ids under the policy, at the sampling temperature, a chunk of positions at a time:
-   no [batch, time, vocabulary] tensor ever exists.
-6. Clipped policy loss, plus --beta times the k3 estimate of the KL divergence to the frozen reference. Every loss is
-   normalised by a count over the whole step, so that neither micro-batches nor processes change the update.
-7. Clip the gradient, AdamW on fp32 master weights, and on the next step the sampler sees the new weights.
+ 1. Draw prompts, in shuffled epochs.
+ 2. Sample a group of G completions for each. Token ids are kept end to end, never re-tokenised; the end
+    token is part of the completion and is trained.
+ 3. Score every completion with rewards.py. A dead group, whose rewards are all equal, carries no gradient:
+    fresh prompts replace it, up to --max_resample times (DAPO, arXiv 2503.14476, section 3.2).
+ 4. Advantage: (reward - mean of its group) / std of its group (GRPO, arXiv 2402.03300, section 4.1.2).
+ 5. Log-probabilities of the sampled ids under the reference and the policy, at the sampling temperature,
+    a chunk of positions at a time: no [batch, time, vocabulary] tensor ever exists.
+ 6. Clipped policy loss, plus --beta times the k3 estimate of the KL to the frozen reference. It is normalised
+    by a count over the whole step: neither micro-batches nor processes change the update.
+ 7. Clip the gradient, update the fp32 weights, refresh the copy of them that the sampler reads.
+ 8. Log metrics and samples, evaluate on held-out rows, save a checkpoint.
 
-Where it departs from the paper: the loss is averaged over tokens by default (--loss dapo; --loss grpo is the paper's), beta
-is small or 0, the old log-probabilities are the policy's own from the first pass over the rollouts (not the sampler's,
-whose kernels differ), and dead groups are replaced.
+Departures from the paper: the loss is a mean over tokens (--loss grpo is the paper's), beta is small, dead groups
+are replaced, and the old log-probabilities are the policy's own, as the sampler's kernels round differently.
 
-    python grpo.py --model Qwen/Qwen2.5-3B-Instruct                 # Countdown, one GPU, the defaults below
+    python grpo.py --model Qwen/Qwen2.5-3B-Instruct                 # Countdown on one GPU with the defaults
     python grpo.py @recipes/tiny/grpo.txt                           # minutes on two CPU cores
     torchrun --nproc_per_node 8 grpo.py --model ... --data gsm8k    # eight GPUs
 """
+import argparse
 import contextlib
+import fcntl
+import json
 import math
+import os
+import resource
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
-import types
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm, trange
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 import rewards
-from models import (Optimizer, base_lm, completion_logps, fitting, learning_rate, load_lm, load_policy, load_tokenizer,
-                    peak_memory_gb, prepare, prompt_ids, refresh)
-from runs import (BAD_STEPS, RANK, WORLD, Flags, Stop, add_training_flags, append, check_flags, check_training_flags, fail,
-                  gather, go_on_from, largest, leave, logger, move_in, note, one_line, open_folder, passes,
-                  read_state, save_checkpoint, start_processes)
-from sampler import Sampler, generate, uniforms
 
-FREE = {"resume", "overwrite", "output_dir", "save_every", "keep", "sample_every", "log_to", "micro_batch_size", "sample_batch_size",
-        "fsdp", "activation_checkpointing", "merge", "offload_reference", "sampler"}    # what a resumed run may change: not what it learns
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+STOP = []                       # the signals that asked this process to stop
+LOGS = ("metrics.jsonl", "samples.jsonl")
+HEAD_LOGITS = 2 ** 26           # logits that exist at a time: 256 MB in fp32
+BAD_STEPS = 5                   # steps in a row with a non-finite gradient, after which a run stops
+MAY_CHANGE = {"resume", "output_dir", "save_every", "log_to", "micro_batch_size", "sample_batch_size", "merge", "fsdp",
+              "activation_checkpointing", "offload_reference"}  # at --resume, as they do not change what is learned
+transformers.utils.logging.disable_progress_bar()
 
 
-# ------------------------------------------------------------------------------------------- options
-def parse_args(argv=None):
-    p = Flags("grpo.py", __doc__)
-    add = p.group("task")
+# ---------------------------------------------------------------------------------------------- flags
+def fail(message):
+    """Print one line on stderr and exit with code 2: what a wrong flag, file or model gets."""
+    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def note(message):
+    """Print a line on stderr, on rank 0, that does not break a progress bar."""
+    if RANK == 0:
+        tqdm.write(message, file=sys.stderr)
+
+
+def flag_parser():
+    """argparse that also reads @FILE, flags as in a shell with # comments, and whose errors are one line."""
+    parser = argparse.ArgumentParser(
+        prog=Path(__file__).name, description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    parser.error = fail
+    return parser
+
+
+def at_least(least, kind=int):
+    """An argparse type: a finite number that is not below `least`."""
+    def convert(text):
+        if not least <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+        return kind(text)
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def add_training_flags(parser, **defaults):
+    """The flags that sft.py and grpo.py have in common, but for some defaults."""
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--lr", type=at_least(0, float), help="peak learning rate; LoRA takes ten times that of a whole model")
+    add("--warmup", type=at_least(0), help="steps of linear warm-up")
+    add("--lr_schedule", choices=["constant", "linear", "cosine"], help="after the warm-up; the latter two end at 0")
+    add("--max_grad_norm", type=at_least(0, float), default=1.0, help="clip the gradient to this norm; 0: never")
+    add("--optim", choices=["adamw", "adamw8bit", "paged_adamw8bit", "muon"], default="adamw",
+        help="8-bit moments take 2 bytes a parameter, not 8; paged: on the CPU when memory is short; muon: for matrices")
+    add("--muon_lr", type=at_least(0, float), help="peak learning rate of the layers' matrices under --optim muon")
+    add("--micro_batch_size", type=at_least(1), default=8, help="rows per forward pass: speed and memory only")
+    add = parser.add_argument_group("model and memory").add_argument
+    add("--lora_rank", type=at_least(0), default=0, help="LoRA on all linear layers but the head; 0: whole model")
+    add("--lora_alpha", type=at_least(0, float), default=32, help="the adapter is scaled by alpha / rank")
+    add("--load_in_4bit", action="store_true", help="QLoRA: keep the frozen base in nf4")
+    add("--merge", action="store_true", help="LoRA: also write merged/, the base with the adapter merged in")
+    add("--activation_checkpointing", action="store_true", help="less memory, about a third slower")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+        help="of compute (weights train in fp32); auto: bfloat16 on a GPU, float32 on a CPU")
+    add("--fsdp", action="store_true", help="shard a whole model over torchrun's processes (FSDP2)")
+    add = parser.add_argument_group("files and logs").add_argument
+    add("--output_dir", default=f"runs/{Path(__file__).stem}", help="final model, checkpoints, metrics.jsonl ...")
+    add("--save_every", type=at_least(0), help="steps between checkpoints; 0: only when stopped")
+    add("--log_to", choices=["tensorboard", "wandb"], help="besides metrics.jsonl")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --output_dir, if any")
+    add("--seed", type=at_least(0), default=0, help="of the data order, the sampling and new weights")
+    parser.set_defaults(**defaults)
+
+
+def check_training_flags(args):
+    """End with one line where flags of add_training_flags do not go together."""
+    if args.load_in_4bit and not args.lora_rank:
+        fail("--load_in_4bit needs --lora_rank: 4-bit weights do not train")
+    if args.fsdp and (WORLD == 1 or args.lora_rank or args.optim != "adamw"):
+        fail("--fsdp shards a whole model, with --optim adamw, over the processes of torchrun --nproc_per_node N")
+
+
+def options():
+    parser = flag_parser()
+    add = parser.add_argument_group("task").add_argument
     add("--model", required=True, help="checkpoint folder or hub id")
-    add("--data", nargs="+", default=["countdown"], metavar="SOURCE", help="prompts, as TASK[=PATH][:N]; several are mixed")
-    add("--pass_rate", nargs=2, type=float, default=[0.0, 1.0], metavar=("LOW", "HIGH"),
-        help="keep rows whose pass_rate lies within; eval.py --samples 8 writes files with that column")
+    add("--data", nargs="+", default=["countdown"], metavar="SOURCE", help="prompts: TASK[=PATH][:N]")
+    add("--pass_rate", nargs=2, type=at_least(0, float), default=[0.0, 1.0], metavar=("LOW", "HIGH"),
+        help="keep rows whose pass_rate lies in this range; eval.py --samples 8 writes files with that column")
     add("--style", choices=rewards.STYLES, default="reasoning", help="name of the reasoning tag")
-    add("--weights", nargs="+", default=["correct=1", "format=0.3", "process=0.1", "efficiency=0.1"], metavar="PART=WEIGHT",
-        help=f"of the reward's parts ({', '.join(rewards.WEIGHTS)}); those not named weigh 0")
-    add("--length_penalty", nargs=2, type=int, default=[500, 800], metavar=("START", "END"),
+    add("--weights", nargs="+", default=[f"{part}={w}" for part, w in rewards.WEIGHTS.items()],
+        metavar="PART=WEIGHT", help="of the parts of the reward; parts that are not named weigh 0")
+    add("--length_penalty", nargs=2, type=at_least(0), default=list(rewards.LENGTH), metavar=("START", "END"),
         help="tokens over which the length part falls from 0 to -1")
     add("--eval_data", nargs="+", default=[], metavar="SOURCE", help="held-out rows, answered greedily")
-    add("--eval_split", default="test", help="of --eval_data")
-    add("--eval_every", type=int, default=50, help="steps between evaluations")
-    add("--sample_every", type=int, default=10, help="steps between whole completions in samples.jsonl")
-    add = p.group("sampling")
-    add("--prompts_per_step", type=int, default=32, help="groups a step, over all processes")
-    add("--group_size", type=int, default=8, help="completions a prompt")
-    add("--max_new_tokens", type=int, default=1024, help="tokens of a completion at most")
-    add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probabilities that are trained")
-    add("--temperature_end", type=float, help="go there linearly by the last step; none: stay")
-    add("--max_resample", type=int, default=2, help="rounds of fresh prompts a step for dead groups; 0: off")
-    add("--curriculum_floor", type=float, default=0.1, help="how often a prompt that is always or never solved comes, against "
-        "one that is solved half the time; 1: all alike")
-    add("--sample_batch_size", type=int, default=512, help="completions sampled at once: memory only")
-    add("--sampler", choices=["auto", "plain"], default="auto", help="auto: fast, on a GPU by CUDA graphs; plain: a simple loop")
-    add = p.group("loss")
+    add("--eval_split", default="test", help="of --eval_data: train, val or test")
+    add("--eval_every", type=at_least(1), default=50, help="steps between evaluations")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--prompts_per_step", type=at_least(1), default=32, help="groups per step, over all processes")
+    add("--group_size", type=at_least(2), default=8, help="completions per prompt")
+    add("--max_new_tokens", type=at_least(1), default=1024, help="length limit of a completion, in tokens")
+    add("--temperature", type=at_least(1e-3, float), default=1.0, help="of sampling and of the trained log-probs")
+    add("--temperature_end", type=at_least(1e-3, float), help="anneal linearly to this")
+    add("--max_resample", type=at_least(0), default=2, help="rounds of fresh prompts a step for dead groups")
+    add("--sample_batch_size", type=at_least(1), default=512, help="completions sampled at once: memory only")
+    add = parser.add_argument_group("loss").add_argument
+    add("--steps", type=at_least(1), default=500, help="number of training steps")
     add("--loss", choices=["grpo", "dr_grpo", "dapo", "cispo", "gspo"], default="dapo", help="see policy_loss")
-    add("--scale", choices=["group", "batch", "none"], default="group", help="the std that divides an advantage")
-    add("--clip_low", type=float, default=0.2, help="the ratio is clipped below 1 - this")
-    add("--clip_high", type=float, default=0.2, help="the ratio is clipped above 1 + this (0.28: clip-higher)")
-    add("--beta", type=float, default=0.001, help="weight of the KL to the model at the start; 0: no reference in memory either")
-    add("--offload_reference", action="store_true", help="keep the reference in CPU memory but for its one pass a step")
+    add("--scale", choices=["group", "batch", "none"], default="group", help="which std normalises advantages")
+    add("--clip_low", type=at_least(0, float), default=0.2, help="the ratio is clipped below 1 - this")
+    add("--clip_high", type=at_least(0, float), default=0.2, help="the ratio is clipped above 1 + this")
+    add("--beta", type=at_least(0, float), default=0.001, help="weight of the KL to the initial model; 0: off")
+    add("--offload_reference", action="store_true", help="keep the reference on the CPU except during its pass")
     add("--mask_truncated", action="store_true", help="do not train on completions cut off at --max_new_tokens")
-    add("--steps", type=int, default=500, help="of sampling and update")
-    add("--inner_epochs", type=int, default=1, help="updates a step, over the same rollouts")
-    add_training_flags(p, lr=1e-6, warmup=10, lr_schedule="constant", muon_lr=1e-3, save_every=50)
-    a = p.parse_args(argv)
-    check_training_flags(a)
-    check_flags(a, dict(prompts_per_step=1, max_new_tokens=1, temperature=1e-3, temperature_end=1e-3, max_resample=0, clip_low=0,
-                        clip_high=0, sample_batch_size=1, beta=0, steps=1, inner_epochs=1, eval_every=1, sample_every=1), (
-        (a.group_size < 2, f"--group_size {a.group_size}: a group needs at least 2 completions"),
-        (not 0 < a.curriculum_floor <= 1, f"--curriculum_floor {a.curriculum_floor}: must be above 0 and at most 1"),
-        (not 0 <= a.length_penalty[0] < a.length_penalty[1], "--length_penalty: START must be below END, and at least 0"),
-        (not 0 <= a.pass_rate[0] <= a.pass_rate[1] <= 1, "--pass_rate: LOW and HIGH must be between 0 and 1, in this order"),
-        (a.offload_reference and (a.lora_rank or not a.beta), "--offload_reference: only --beta with a whole model loads a reference")))
-    try:
-        given = {part: float(value) for part, _, value in (text.partition("=") for text in a.weights)}
-    except ValueError:
-        fail(f"--weights {' '.join(a.weights)}: PART=NUMBER each")
-    if set(given) - set(rewards.WEIGHTS) or not all(0 <= value < math.inf for value in given.values()):
-        fail(f"--weights {' '.join(a.weights)}: parts are {', '.join(rewards.WEIGHTS)}, weights at least 0")
-    a.weights, a.temperature_end = dict.fromkeys(rewards.WEIGHTS, 0.0) | given, a.temperature_end or a.temperature
-    return a
+    add("--inner_epochs", type=at_least(1), default=1, help="updates per step on the same rollouts")
+    add_training_flags(parser, lr=1e-6, warmup=10, lr_schedule="constant", muon_lr=1e-3, save_every=50)
+    return parser
 
 
-# ------------------------------------------------------------------------------------------- 4., 6. pure functions
+def parse_args(argv=None):
+    args = options().parse_args(argv)
+    check_training_flags(args)
+    if args.pass_rate[0] > args.pass_rate[1] or args.length_penalty[0] >= args.length_penalty[1]:
+        fail("--pass_rate LOW HIGH, --length_penalty START END: the first number must be below the second")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------- pure functions
 def advantages(rewards, group_size, scale="group"):
-    """[N] rewards, the G of a group side by side -> [N] advantages: r - mean(group), over a standard deviation (GRPO,
-    arXiv 2402.03300, section 4.1.2). scale: `group` (the paper), `batch` (one std for all, arXiv 2508.08221), `none`
-    (Dr. GRPO, arXiv 2503.20783). A group of equal rewards gets exactly 0, whatever rounding made of its mean."""
-    r = rewards.float().view(-1, group_size)                                         # [N / G, G]
+    """[N] rewards, a group's completions side by side -> [N] advantages: r - mean(group), over a standard deviation.
+
+    scale: `group` (GRPO, arXiv 2402.03300, section 4.1.2), `batch` (one std for all, arXiv 2508.08221), `none`
+    (Dr. GRPO, arXiv 2503.20783). A group of equal rewards gets exactly 0, whatever rounding makes of its mean."""
+    r = rewards.float().view(-1, group_size)                            # [N / G, G]
     centred = r - r.mean(1, keepdim=True)
     if scale == "group":
         centred = centred / (r.std(1, keepdim=True) + 1e-4)
     elif scale == "batch":
         centred = centred / (r.std() + 1e-4)
-    elif scale != "none":
-        raise ValueError(f"scale {scale!r}: one of group, batch, none")
-    equal = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)                       # [N / G, 1]
+    equal = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)          # [N / G, 1]
     return centred.masked_fill(equal, 0.0).view(-1)
 
 
 def policy_loss(logp, old_logp, ref_logp, adv, mask, *, loss="dapo", clip_low=0.2, clip_high=0.2, beta=0.0,
                 num_tokens, num_seqs, max_new_tokens):
-    """One micro-batch's share of the step's loss, to be minimised: shares add up to the loss of the whole step.
+    """One micro-batch's share of the step's loss, to be minimised: the shares add up to the loss of the step.
 
     logp, old_logp, ref_logp: [n, T] log-probabilities of the sampled ids (ref_logp may be None when beta is 0);
     adv: [n]; mask: [n, T], 1 on trained tokens; num_tokens, num_seqs: of the whole step, over all processes.
       grpo     mean over a sequence's tokens, then over sequences     arXiv 2402.03300, eq. 3
       dr_grpo  sum over tokens / (sequences * max_new_tokens)         arXiv 2503.20783, section 3.2
-      dapo     mean over all the step's tokens                        arXiv 2503.14476, eq. 8
+      dapo     mean over all tokens of the step                       arXiv 2503.14476, eq. 8
       cispo    REINFORCE weighted by the capped, detached ratio       arXiv 2506.13585, eq. 4
       gspo     one ratio per sequence, its tokens' geometric mean     arXiv 2507.18071, eqs. 5-7
-    Returns the loss and a dict of its parts, normalised so that they too add up over micro-batches."""
-    log_ratio = logp - old_logp                                                      # [n, T]
-    lengths = mask.sum(1, keepdim=True).clamp(min=1)                                 # [n, 1]
+    Returns the loss and a dict of its parts, which add up over micro-batches too. The loss has a gradient only where
+    one of its terms does: with advantages and beta of 0 it has none, until you add a term of your own."""
+    log_ratio = logp - old_logp                                         # [n, T]
+    lengths = mask.sum(1, keepdim=True).clamp(min=1)                    # [n, 1]
     if loss == "gspo":
-        log_ratio = (log_ratio * mask).sum(1, keepdim=True) / lengths                # [n, 1]
-    ratio, adv = log_ratio.exp(), adv[:, None]
-    if loss == "cispo":
+        log_ratio = (log_ratio * mask).sum(1, keepdim=True) / lengths   # [n, 1]
+    ratio, adv = log_ratio.exp(), adv[:, None]                          # [n, T] or [n, 1], [n, 1]
+    per_token, kl = torch.zeros_like(logp), torch.zeros_like(logp)      # [n, T]
+    if adv.any() and loss == "cispo":
         per_token = -ratio.clamp(max=1 + clip_high).detach() * adv * logp
-    else:                                                                            # PPO, arXiv 1707.06347, eq. 7
+    elif adv.any():                                                     # PPO, arXiv 1707.06347, eq. 7
         per_token = -torch.min(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv)
-    kl = torch.zeros_like(logp)
-    if beta:                                                                         # k3, arXiv 2402.03300, eq. 4
+    if beta:                                                            # k3, arXiv 2402.03300, eq. 4
         kl = (ref_logp - logp).exp() - (ref_logp - logp) - 1
         per_token = per_token + beta * kl
-    weight = {"grpo": 1 / (lengths * num_seqs), "gspo": 1 / (lengths * num_seqs), "dapo": 1 / num_tokens,
-              "cispo": 1 / num_tokens, "dr_grpo": 1 / (num_seqs * max_new_tokens)}[loss]
-    total = (per_token * mask * weight).sum()
-    with torch.no_grad():
-        parts = {"loss": total, "kl": (kl * mask).sum() / num_tokens,
-                 "clip_low": ((ratio < 1 - clip_low) * (adv < 0) * mask).sum() / num_tokens,
-                 "clip_high": ((ratio > 1 + clip_high) * (adv > 0) * mask).sum() / num_tokens}
+    norm = {"grpo": lengths * num_seqs, "gspo": lengths * num_seqs, "dapo": num_tokens, "cispo": num_tokens,
+            "dr_grpo": num_seqs * max_new_tokens}[loss]
+    total = (per_token * mask / norm).sum()
+    parts = {"loss": total, "kl": (kl * mask).sum() / num_tokens,
+             "clip_low": ((ratio < 1 - clip_low) * (adv < 0) * mask).sum() / num_tokens,
+             "clip_high": ((ratio > 1 + clip_high) * (adv > 0) * mask).sum() / num_tokens}
     return total, {name: value.detach() for name, value in parts.items()}
 
 
-# ------------------------------------------------------------------------------------------- 1. prompts
-class Curriculum:
-    """Which prompt comes next. Each has a due time, counted in groups drawn so far, and those due first are drawn.
-
-    At the start each is due once, in random order. A prompt whose group was scored is due again after n / w more groups, n
-    being the number of prompts and w = max(floor, 1 - p^G - (1 - p)^G) the chance that its next group is neither all right nor
-    all wrong. p is its pass rate over past groups, each weighing half of the next one, and one more completion that is half
-    right: one bad group does not rule a prompt out."""
-
-    def __init__(self, n, group_size, seed, floor):
-        self.group_size, self.seed, self.floor, self.drawn = group_size, seed, floor, 0
-        self.due = torch.from_numpy(np.random.default_rng(seed).permutation(n).astype(float))
-        self.passed, self.tried = torch.zeros(n), torch.zeros(n)
-
-    def draw(self, k, exclude=()):
-        """The k prompts that are due first, less those in exclude."""
-        due = self.due.clone()
-        due[list(exclude)] = math.inf
-        first = due.argsort(stable=True)[:k]
-        return first[due[first] < math.inf].tolist()
-
-    def pass_rate(self, i):
-        return float((self.passed[i] + 0.5) / (self.tried[i] + 1))
-
-    def record(self, i, passed):
-        """A group of prompt i had `passed` right completions."""
-        self.passed[i] = self.passed[i] / 2 + passed
-        self.tried[i] = self.tried[i] / 2 + self.group_size
-        p = self.pass_rate(i)
-        w = max(self.floor, 1 - p ** self.group_size - (1 - p) ** self.group_size)
-        spread = np.random.default_rng([self.seed, self.drawn]).uniform(0.75, 1.25)     # else the same prompts always meet
-        self.due[i] = self.drawn + spread * len(self.due) / w
-        self.drawn += 1
+def learning_rate(step, steps, warmup, schedule):
+    """The factor on the peak learning rate at step 1, 2, ...: linear warm-up, then a schedule that would reach 0
+    one step after the last."""
+    if step <= warmup:
+        return step / warmup
+    progress = (step - 1 - warmup) / max(1, steps - warmup)
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[schedule]
 
 
-# ------------------------------------------------------------------------------------------- 1-4. rollouts
+def draw_order(n, seed, start, count):
+    """Indices number start, start + 1, ... of an endless order in which each of n rows comes once per epoch."""
+    epochs = range(start // n, (start + count - 1) // n + 1)
+    order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs])
+    return order[start % n:][:count].tolist()
+
+
+def completion_logps(lm, ids, prompt_lengths, mask, temperature=1.0, chunk=HEAD_LOGITS):
+    """Of the completions in ids, [n, T] each and 0 where mask is: log-probabilities at `temperature`; without gradient,
+    the entropies there; 1 where an id is the likeliest.
+
+    ids [n, L]: prompt + completion, right-padded (causal attention then needs no mask); prompt_lengths [n]; mask
+    [n, T]. At most `chunk` logits exist at once, of completion positions only; the backward pass computes them again."""
+    def head(h, targets):
+        logps = (lm.get_output_embeddings()(h).float() / temperature).log_softmax(-1)   # in bf16 ratios are noise
+        frozen = logps.detach()                                 # entropies of `logps` itself would keep their gradient
+        return (logps.gather(1, targets[:, None]).squeeze(1), -(frozen.exp() * frozen).sum(-1),
+                (frozen.argmax(-1) == targets).float())
+
+    on = mask.bool()
+    states = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state            # [n, L, H]
+    row = torch.arange(len(ids), device=ids.device)[:, None]                            # [n, 1]
+    place = prompt_lengths[:, None] + torch.arange(mask.shape[1], device=ids.device)    # [n, T]
+    place = place.clamp(max=ids.shape[1] - 1)
+    hidden, targets = states[row, place - 1][on], ids[row, place][on]                   # [tokens, H], [tokens]
+    size = max(1, chunk // lm.config.get_text_config().vocab_size)
+    if len(targets) > size and torch.is_grad_enabled():
+        head = partial(checkpoint, head, use_reentrant=False)
+    pieces = [head(h, t) for h, t in zip(hidden.split(size), targets.split(size))]
+    blank = torch.zeros_like(mask, dtype=torch.float32)
+    return tuple(blank.masked_scatter(on, torch.cat(part)) for part in zip(*pieces))
+
+
+# ---------------------------------------------------------------------------------------------- sampling
+def uniforms(seed, step, rows, n):
+    """[len(rows), n] numbers in [0, 1): the noise of a row is a function of (seed, step, row) alone."""
+    streams = [np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, step, row])) for row in rows]
+    return torch.tensor(np.array([stream.random(n, dtype=np.float32) for stream in streams])).view(-1, n)
+
+
+def pick(logits, temperature, u):
+    """logits [n, V], u [n] uniform or None (greedy) -> ids [n], their log-probabilities [n] at `temperature`.
+
+    Inverse CDF: the first id whose cumulated probability exceeds u, which is kept below their sum, so that rounding
+    never picks an id without probability."""
+    p = (logits.float() / temperature).softmax(-1)
+    if u is None:
+        ids = logits.argmax(-1, keepdim=True)
+    else:
+        sums = p.cumsum(1)
+        below = sums[:, -1:].nextafter(u.new_zeros(()))
+        ids = torch.searchsorted(sums, torch.minimum(u[:, None], below), right=True)
+    return ids.squeeze(1), p.gather(1, ids).log().squeeze(1)
+
+
+def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **others):
+    """transformers' sdpa attention, but for one query token a row, [n, heads, 1, D]: the query heads of a key-value
+    head become rows of one product, so that keys and values [n, kv_heads, columns, D] are read once, uncopied."""
+    if query.shape[2] > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
+    for name in others.keys() - {"position_ids", "is_causal", "use_cache"}:
+        if others[name] is not None and others[name] is not False:
+            fail(f"--model: grpo.py cannot sample from a model whose attention takes {name}")
+    grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])      # [n, kv_heads, group, D]
+    out = F.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
+    return out.reshape(len(query), 1, query.shape[1], -1), None
+
+
+transformers.AttentionInterface.register("grpo", attend)
+transformers.AttentionMaskInterface.register("grpo", sdpa_mask)
+
+
+def round_up(n, multiple):
+    return -(-n // multiple) * multiple
+
+
+class Sampler:
+    """Samples groups of completions. Prompts are prefilled once and end in the same column, so that step t reads and
+    writes the same columns of every row: the same operations on the same addresses. On a GPU it is replayed from a
+    CUDA graph, captured once for each number of rows and columns. Finished rows leave the batch.
+
+    Weights are read where they lie: an update in place is seen by the next call. All that a step reads is a tensor
+    that keeps its address, as a Python number would be frozen in the graph: a sampling option of yours (top_p ...)
+    is a buffer like self.temperature, made and filled in start()."""
+
+    def __init__(self, model, eos_ids, graphs=None):
+        self.model, self.eos_ids = model, eos_ids
+        self.graphs = model.device.type == "cuda" if graphs is None else graphs
+        self.blocks = (32, 128) if self.graphs else (1, 1)      # rows and columns of a step are multiples of these
+        self.size, self.captured = (0, 0), {}
+        model.set_attn_implementation("grpo")
+
+    @torch.inference_mode()
+    def __call__(self, prompts, noise, group_size, max_new_tokens, temperature):
+        """P prompts (lists of ids) -> P * G completions (lists of ids that end with an end token, unless cut off at
+        max_new_tokens) and their tokens' log-probabilities. noise: [P * G, max_new_tokens] of `uniforms`, or None:
+        greedy. After a signal to stop, completions are cut short."""
+        assert not self.model.training, "in training mode activation checkpointing silently drops the cache"
+        n, width = len(prompts) * group_size, max(map(len, prompts))
+        rows = self.start(prompts, noise, group_size, width, max_new_tokens, temperature)
+        bar = trange(max_new_tokens, desc="sampling", unit=" tokens a row", delay=2, leave=False, disable=RANK > 0 or None)
+        for t in bar:
+            if t % (8 if self.graphs else 4) == 0:              # to see which rows have ended is to wait for the GPU
+                rows = self.compact(rows, width + t)
+                if rows == 0 or STOP:
+                    break
+            self.advance(rows, round_up(width + t, self.blocks[1]), noise is None)
+        bar.close()
+        lengths, tokens = self.lengths[:n].tolist(), self.tokens[:n, :max_new_tokens].tolist()
+        logps = self.logps[:n, :max_new_tokens].cpu()
+        return [x[:k] for x, k in zip(tokens, lengths)], [x[:k].clone() for x, k in zip(logps, lengths)]
+
+    def start(self, prompts, noise, group_size, width, max_new_tokens, temperature):
+        """Prefill the prompts, left-padded, and fill the buffers -> number of rows of a step."""
+        device, n = self.model.device, len(prompts) * group_size
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)                # [P, W]
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)    # [P, W]
+        cache = self.model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                           use_cache=True, logits_to_keep=1).past_key_values
+        layers = getattr(cache, "layers", [None])
+        if any(type(layer) is not DynamicLayer or layer.keys.shape != layers[0].keys.shape for layer in layers):
+            fail(f"--model: grpo.py cannot sample from a {self.model.config.model_type} model, whose cache holds "
+                 "more than the keys and values of like layers")
+        rows, columns = round_up(n, self.blocks[0]), round_up(width + max_new_tokens, self.blocks[1])
+        if rows > self.size[0] or columns > self.size[1]:       # larger buffers; the graphs hold the old addresses
+            self.captured, self.kv = {}, None
+            self.size = most, columns = max(rows, self.size[0]), max(columns, self.size[1])
+            _, kv_heads, _, D = layers[0].keys.shape
+            self.kv = layers[0].keys.new_zeros(2, len(layers), most, kv_heads, columns, D)
+            self.bias = self.kv.new_zeros(most, columns)        # is added to the attention scores
+            self.noise, self.logps = torch.zeros(2, most, columns, device=device)
+            self.tokens = torch.zeros(most, columns, dtype=torch.long, device=device)
+            self.token, self.position, self.row, self.lengths = torch.zeros(4, most, dtype=torch.long, device=device)
+            self.done = torch.zeros(most, dtype=torch.bool, device=device)
+            self.t, self.column = torch.zeros(2, 1, dtype=torch.long, device=device)
+            self.temperature = torch.zeros((), device=device)
+            self.eos = torch.tensor(sorted(self.eos_ids), device=device)
+        for i, layer in enumerate(layers):                      # a prompt's keys and values are copied to its group
+            for buffer, x in zip(self.kv[:, i, :n], (layer.keys, layer.values)):
+                buffer.unflatten(0, (-1, group_size))[..., :width, :] = x[:, None]
+        self.bias.fill_(torch.finfo(self.bias.dtype).min / 4)   # not -inf: a row of padding alone must not give NaN
+        self.bias[:n, :width].masked_fill_(mask.repeat_interleave(group_size, 0).bool(), 0)
+        self.token[:n] = ids[:, -1].repeat_interleave(group_size)       # the first step computes it once more
+        self.position[:n] = mask.sum(1).repeat_interleave(group_size) - 1
+        self.row.copy_(torch.arange(len(self.row)))
+        self.done.fill_(True)[:n] = False                       # rows that only fill up the batch have ended
+        self.column.fill_(width - 1)
+        for zero in (self.lengths, self.t):
+            zero.zero_()
+        self.temperature.fill_(temperature)
+        if noise is not None:
+            self.noise[:n, :max_new_tokens] = noise
+        return rows
+
+    def update(self, key, value, layer, *_, **__):
+        """The model's call to its cache: keys, values [rows, kv_heads, 1, D] of a token -> those of all columns."""
+        rows, columns = self.shape
+        keys, values = self.kv[:, layer, :rows]
+        keys.index_copy_(2, self.column, key)
+        values.index_copy_(2, self.column, value)
+        return keys[:, :, :columns], values[:, :, :columns]
+
+    def step(self, rows, columns, greedy):
+        """One token for each of the first `rows` rows, which attend to the first `columns` columns."""
+        self.shape = rows, columns
+        self.bias.index_fill_(1, self.column, 0)
+        logits = self.model(input_ids=self.token[:rows, None], position_ids=self.position[:rows, None], use_cache=True,
+                            attention_mask=self.bias[:rows, None, None, :columns], past_key_values=self).logits[:, -1]
+        row = self.row[:rows]                                   # where a row's noise and tokens stand
+        token, logp = pick(logits, self.temperature, None if greedy else self.noise[row, self.t])
+        self.tokens[row, self.t], self.logps[row, self.t], self.token[:rows] = token, logp, token
+        self.lengths[row] += ~self.done[:rows]
+        self.done[:rows] |= (token[:, None] == self.eos).any(1)
+        for counter in (self.t, self.column, self.position):
+            counter += 1
+
+    def advance(self, *shape):
+        """One step. On a GPU the first of its shape runs as it is, which loads libraries, and is then captured."""
+        if shape in self.captured:
+            self.captured[shape].replay()
+            return
+        self.step(*shape)
+        if self.graphs:
+            try:
+                graph = torch.cuda.CUDAGraph()
+                self.pool = getattr(self, "pool", None) or torch.cuda.graph_pool_handle()
+                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                    self.step(*shape)                           # is recorded, not run
+                self.captured[shape] = graph
+            except RuntimeError as err:
+                if isinstance(err, torch.OutOfMemoryError) or isinstance(err.__context__, torch.OutOfMemoryError):
+                    raise
+                self.graphs = False
+                note(f"warning: sampling without CUDA graphs, which is slower ({err})")
+
+    def compact(self, rows, columns):
+        """Move the last unfinished rows to the places of the first finished ones -> rows of the smaller batch."""
+        alive = ~self.done[:rows]
+        size = round_up(int(alive.sum()), self.blocks[0])
+        if size < rows:
+            last = size + alive[size:].nonzero().squeeze(1)
+            free = (~alive[:size]).nonzero().squeeze(1)[:len(last)]
+            for x in (self.token, self.position, self.row, self.done, self.bias):
+                x[free] = x[last]
+            self.kv[:, :, free, :, :columns] = self.kv[:, :, last, :, :columns]
+        return min(size, rows)
+
+
+# ---------------------------------------------------------------------------------------------- models
+def load_tokenizer(name):
+    """-> tokenizer, the model's context in tokens."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name).get_text_config()
+    except Exception as err:                                    # of a dozen types, for what is one thing to the user
+        fail(f"--model {name}: not a folder with a model, nor a hub id that can be reached ({str(err)[:200]})")
+    if not tokenizer.chat_template:
+        fail(f"--model {name}: its tokenizer has no chat template; add chat_template.jinja to the model's folder")
+    return tokenizer, getattr(config, "max_position_embeddings", math.inf)
+
+
+def prompt_ids(tokenizer, chats):
+    """The ids of each chat, a list of turns, up to where the assistant's next turn begins."""
+    try:
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    except Exception as err:                                    # whatever a template raises, or does not compile
+        fail(f"--model {tokenizer.name_or_path}: its chat template does not take the prompt ({err})")
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def load_lm(name, device, dtype, load_in_4bit=False):
+    """The causal language model `name` in eval mode, in `dtype` or in nf4."""
+    nf4 = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                          bnb_4bit_compute_dtype=dtype)
+    options = {"quantization_config": nf4, "device_map": {"": device}} if load_in_4bit else {}
+    try:
+        lm, found = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as err:                                    # a damaged file, a missing package, an unknown model
+        fail(f"--model {name}: cannot be loaded ({str(err)[:200]})")
+    if found["missing_keys"]:                                   # transformers puts random numbers in their place
+        fail(f"--model {name}: its files lack weights ({', '.join(sorted(found['missing_keys']))[:200]})")
+    for module in lm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):       # it repacks 4-bit weights, which breaks training them
+            module.support_avx512bf16_for_cpu = False
+    return lm.to(device).eval()
+
+
+def load_policy(args, device, dtype):
+    """The model to train: whole, in fp32 (in bf16 an update of 5e-7 would round to nothing), or a LoRA adapter in fp32
+    on a frozen base -> the model, the transformers model in it, completion_logps of it at the right precision."""
+    if args.lora_rank:
+        import peft
+        lm = load_lm(args.model, device, dtype, args.load_in_4bit)
+        torch.manual_seed(args.seed)
+        model = peft.get_peft_model(lm, peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha,
+                                                        task_type="CAUSAL_LM", target_modules="all-linear"))
+    else:
+        model = lm = load_lm(args.model, "cpu" if args.fsdp else device, torch.float32)
+    if args.activation_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    lm.logps = partial(completion_logps, lm)
+    if args.fsdp:                                               # fp32 shards; a layer is gathered in `dtype` to run
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        for module in (*lm.base_model.layers, lm):
+            fully_shard(module, mp_policy=precision)
+        register_fsdp_forward_method(lm, "logps")
+        return model, lm, lm.logps
+
+    def logps(*inputs):                                         # with a cache all weights would exist twice
+        with torch.autocast(lm.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
+            return lm.logps(*inputs)
+
+    return model, lm, logps
+
+
+@torch.no_grad()
+def refresh(plain, lm):
+    """Copy what the policy `lm` amounts to as one plain model into `plain`, in place: 4-bit weights dequantised,
+    shards gathered (collective), an adapter's B A scaling added in fp32 to its base, which stays as it is."""
+    if plain is lm:
+        return
+    target = dict(plain.named_parameters())
+    for name, weight in lm.named_parameters():
+        if ".lora_" in name:
+            continue
+        if getattr(weight, "quant_state", None) is not None:
+            import bitsandbytes
+            weight = bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state)
+        layer, adapted, leaf = name.partition(".base_layer.")
+        if adapted and leaf == "weight":
+            lora = lm.get_submodule(layer)
+            delta = lora.lora_B["default"].weight.float() @ lora.lora_A["default"].weight.float()
+            weight = weight.float() + lora.scaling["default"] * delta
+        if hasattr(weight, "full_tensor"):
+            weight = weight.full_tensor()
+        target[name.replace(".base_layer.", ".")].copy_(weight)
+
+
+def make_optimizers(model, args):
+    """The optimisers of all trained parameters, at peak learning rates."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if "8bit" in args.optim:
+        import bitsandbytes
+        make = bitsandbytes.optim.PagedAdamW8bit if "paged" in args.optim else bitsandbytes.optim.AdamW8bit
+        return [make(trained.values(), lr=args.lr, weight_decay=0.0)]
+    matrices = {name for name, p in trained.items() if args.optim == "muon" and p.ndim == 2 and ".layers." in name}
+    rest = [p for name, p in trained.items() if name not in matrices]
+    optimizers = [torch.optim.AdamW(rest, lr=args.lr, weight_decay=0.0, fused=True)]
+    if matrices:
+        matrices = [p for name, p in trained.items() if name in matrices]
+        optimizers.append(torch.optim.Muon(matrices, lr=args.muon_lr, weight_decay=0.0))
+    return optimizers
+
+
+def update(optimizers, factor, args, usable):
+    """Sum the gradients over all processes, clip them and make one update at `factor` times the peak learning rates
+    -> norm of the gradient before clipping. Where that is not finite, or not `usable`, no weight changes."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    parameters = [p for group in groups for p in group["params"]]
+    for p in parameters:
+        if p.grad is None:                                      # another process may have one
+            p.grad = torch.zeros_like(p)
+    if WORLD > 1 and not args.fsdp:                             # FSDP has summed already
+        for handle in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
+            handle.wait()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+    norm = float(norm.full_tensor() if args.fsdp else norm)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.defaults["lr"] * factor
+        if usable and math.isfinite(norm):
+            optimizer.step()
+        optimizer.zero_grad()
+    return norm
+
+
+def peak_memory_gb():
+    """Of the GPU, or of this process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+# ---------------------------------------------------------------------------------------------- processes, signals
+def start_processes(dtype):
+    """Join torchrun's other processes, if there are any -> this one's device, the compute dtype."""
+    cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and local >= torch.cuda.device_count():
+        fail(f"torchrun started more processes than there are GPUs: --nproc_per_node {torch.cuda.device_count()}")
+    if WORLD > 1:                                               # ranks may wait for hours while one samples or saves
+        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(hours=12)))
+        # after a restart torchrun's store still holds the addresses of the start before
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=store.timeout)
+    dtype = {"auto": "bfloat16" if cuda else "float32"}.get(dtype, dtype)
+    if cuda:
+        torch.cuda.set_device(local)
+    return torch.device("cuda", local) if cuda else torch.device("cpu"), getattr(torch, dtype)
+
+
+def gather(x):
+    """[x of rank 0, x of rank 1, ...] on every rank. Collective: call on every rank."""
+    shares = [x] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(shares, x)
+    return shares
+
+
+def catch_signals():
+    """From now on the first SIGINT or SIGTERM is kept in STOP; a second SIGINT ends the process."""
+    def keep(number, frame):
+        STOP.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if RANK == 0:                                           # not print, which may be at work
+            os.write(2, b"\nstopping: saving a checkpoint first; Ctrl-C again leaves at once\n")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, keep)
+
+
+def check_stop():
+    """Raise KeyboardInterrupt(number) on every rank if a signal came to any. Collective."""
+    numbers = sum(gather(STOP), [])
+    if numbers:
+        raise KeyboardInterrupt(numbers[0])
+
+
+# ---------------------------------------------------------------------------------------------- files
+def open_run(args, default):
+    """Take hold of --output_dir -> the state of the newest checkpoint in it that loads, or None for a new run.
+
+    Refuses a folder that another process holds, or that holds a run unless --resume is given with the flags of that run
+    (a flag missing in its args.json had its default). What was written after the checkpoint is removed."""
+    out, state = Path(args.output_dir), None
+    out.mkdir(parents=True, exist_ok=True)
+    if RANK == 0:
+        try:                                                    # this lock dies with its process
+            fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"--output_dir {out} is in use by another run: take another folder")
+    steps = sorted(int(path.name[11:]) for path in out.glob("checkpoint-*"))
+    if not args.resume and (steps or list(out.glob("*config.json"))):
+        fail(f"--output_dir {out} holds a run: add --resume to continue it, or remove the folder to start again")
+    if steps:
+        try:
+            before = json.loads((out / "args.json").read_text())
+            changed = [name for name, value in vars(args).items()
+                       if name not in MAY_CHANGE and before.get(name, default(name)) != value]
+        except (OSError, ValueError, AttributeError) as err:
+            fail(f"--resume: {out}/args.json, the flags of the run, cannot be read ({err})")
+        if changed:
+            fail(f"--resume: not the flags of the run in {out}: --{', --'.join(changed)}")
+    while steps and state is None:
+        trainer = out / f"checkpoint-{steps.pop()}" / "trainer.pt"
+        try:
+            state = torch.load(trainer, weights_only=True, map_location="cpu", mmap=True)
+        except Exception as err:                                # of many types: cut off, missing, something else
+            note(f"{trainer} is damaged ({type(err).__name__}): trying the checkpoint before it")
+            if not steps:
+                fail(f"--resume: no checkpoint in {out} loads; remove the folder to start again")
+    gather(0)                                                   # every rank has looked
+    if RANK == 0:
+        for name in LOGS:
+            with open(out / name, "ab") as f:
+                f.truncate(min(f.tell(), state[name] if state else 0))
+        for folder in [*out.glob("checkpoint-*"), *out.glob("tmp-*")]:
+            if not (state and folder.name[:10] == "checkpoint" and int(folder.name[11:]) <= state["step"]):
+                shutil.rmtree(folder)
+        (out / "args.json").write_text(json.dumps(vars(args), indent=1))
+    return state
+
+
+def save_checkpoint(out, state, save_model):
+    """OUT/checkpoint-<step>: a model folder, and in trainer.pt all else that a run is. Written under a temporary name
+    and then renamed, so that a kill at any moment leaves the older ones whole; the newest two stay. On rank 0."""
+    out = Path(out)
+    folder, tmp = out / f"checkpoint-{state['step']}", out / "tmp-checkpoint"
+    try:
+        save_model(tmp)
+        torch.save(state | {name: (out / name).stat().st_size for name in LOGS}, tmp / "trainer.pt")
+    except Exception as err:                                    # a full disk, in the words of each library
+        shutil.rmtree(tmp, ignore_errors=True)
+        fail(f"cannot write {folder} ({err}): make room, then --resume")
+    shutil.rmtree(folder, ignore_errors=True)
+    tmp.rename(folder)
+    for old in sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))[:-2]:
+        shutil.rmtree(old)
+
+
+def append(path, rows):
+    """Append JSON lines; a number that is not finite becomes null, as JSON has no NaN."""
+    with open(path, "a") as f:
+        for row in rows:
+            row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            f.write(json.dumps(row) + "\n")
+
+
+def open_log(args):
+    """-> log(metrics): a line of metrics.jsonl and, as --log_to asks, TensorBoard or W&B. On rank 0."""
+    board = None
+    if args.log_to and RANK == 0:
+        from torch.utils.tensorboard import SummaryWriter
+        if args.log_to == "wandb":                              # it copies what goes to TensorBoard
+            import wandb
+            wandb.init(project=Path(__file__).stem, name=args.output_dir, config=vars(args), sync_tensorboard=True)
+        board = SummaryWriter(args.output_dir)
+
+    def log(metrics):
+        if RANK == 0:
+            append(Path(args.output_dir) / "metrics.jsonl", [metrics])
+        for name, value in metrics.items() if board else ():
+            board.add_scalar(name, value, metrics["step"])
+
+    return log
+
+
+# ---------------------------------------------------------------------------------------------- rollouts
 @dataclass
 class Rollout:
     """One completion: what was asked, what the model wrote, what it earned."""
-    index: int                      # of its row in the data
-    prompt: list                    # ids
-    completion: list                # ids, with the end token
-    logps: torch.Tensor             # [len(completion)], as the sampler saw them
-    ended: bool                     # False: cut off at max_new_tokens
-    text: str
-    parts: dict                     # of its reward
+    index: int                  # of its row in the data
+    prompt: list                # ids
+    completion: list            # ids, with the end token
+    logps: torch.Tensor         # [len(completion)], as the sampler saw them
+    ended: bool                 # False: cut off at max_new_tokens
+    text: str                   # without special tokens
+    parts: dict = None          # of its reward
     advantage: float = 0.0
 
 
-def chunks(rollouts, size):
-    """Lists of `size` neighbours; with the group size: the completions of each prompt."""
-    return [rollouts[at:at + size] for at in range(0, len(rollouts), size)]
+def read_prompts(sources, split, args, tokenizer, context):
+    """Rows of all sources with their "prompt_ids". The default Countdown data are made if they are not there."""
+    rows, script = [], Path(__file__).with_name("countdown.py")
+    for source in sources:
+        if RANK == 0 and source.split(":")[0] == "countdown" and not Path("data/countdown").exists() and script.exists():
+            note("data/countdown is not there yet: making it with countdown.py")
+            subprocess.call([sys.executable, script, "--out", "data/countdown"])
+        gather(0)                                               # the other ranks wait for it
+        rows += rewards.load_rows(source, split)
+    ids = prompt_ids(tokenizer, [rewards.messages(row["task"], row, args.style) for row in rows])
+    longest = max(map(len, ids), default=0)
+    if longest + args.max_new_tokens > context:
+        fail(f"a prompt of {longest} tokens and --max_new_tokens {args.max_new_tokens} exceed the context of {context}")
+    return [row | {"prompt_ids": x} for row, x in zip(rows, ids)]
 
 
-def dead(group):
-    """Are a group's rewards all equal? Then its advantages are 0."""
+def sample(sampler, tokenizer, data, indices, noise, args, temperature=1.0):
+    """A group of unscored Rollouts for each data[i] of indices. noise [completions, max_new_tokens], None: greedy, one."""
+    groups, group_size = [], 1 if noise is None else args.group_size
+    size = max(1, args.sample_batch_size // group_size)
+    for at in range(0, len(indices), size):
+        part = indices[at:at + size]
+        u = None if noise is None else noise[at * group_size:(at + size) * group_size]
+        prompts = [data[i]["prompt_ids"] for i in part]
+        ids, logps = sampler(prompts, u, group_size, args.max_new_tokens, temperature)
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        flat = [Rollout(part[k // group_size], prompts[k // group_size], ids[k], logps[k],
+                        not sampler.eos_ids.isdisjoint(ids[k][-1:]), texts[k]) for k in range(len(ids))]
+        groups += [flat[k:k + group_size] for k in range(0, len(flat), group_size)]
+    return groups
+
+
+def score(groups, data, args, weights):
+    """Fill in the reward of every rollout and its parts."""
+    rollouts = [r for group in groups for r in group]
+    rows = [data[r.index] for r in rollouts]
+    scored = rewards.score_batch([row["task"] for row in rows], [r.text for r in rollouts], rows, args.style, weights,
+                                 [len(r.completion) for r in rollouts], length=args.length_penalty)
+    for r, parts in zip(rollouts, scored):
+        r.parts = parts
+
+
+def exchange(groups):
+    """All processes' groups in the order of their prompts, of which each process had every WORLD-th. Collective. One
+    that was told to stop has cut its completions short, so that then all of them stop here."""
+    check_stop()
+    shares = gather(groups)
+    return [shares[place % WORLD][place // WORLD] for place in range(sum(map(len, shares)))]
+
+
+def is_dead(group):
+    """Whether a group's rewards are all equal, so that its advantages are 0."""
     return len({r.parts["reward"] for r in group}) == 1
 
 
-def rollout(run, data, indices, step, temperature, first_row=0):
-    """Scored completions, a group for each index into data; temperature 0: greedy, one for each. first_row: completions drawn
-    in this step before, which have used that many rows of noise. Processes share the work and all return all of it, so that
-    from here on every one of them computes the same. If one is to stop, all do."""
-    try:
-        share = rollout_share(run, data, indices, step, temperature, first_row)
-    except KeyboardInterrupt:
-        share = None
-    shares = gather(share)
-    run.stop.check(everywhere=True)
-    return [r for place in range(len(indices)) for r in shares[place % WORLD][place // WORLD]]
+def means(groups, data):
+    """Means over rollouts: every reward part (also by task where there are several), length, share cut off."""
+    rollouts = [r for group in groups for r in group]
+    tasks = sorted({data[r.index]["task"] for r in rollouts})
+    found = {name: fmean(r.parts[name] for r in rollouts) for name in rollouts[0].parts}
+    for task in tasks if len(tasks) > 1 else ():
+        for name in rollouts[0].parts:
+            found[f"{name}/{task}"] = fmean(r.parts[name] for r in rollouts if data[r.index]["task"] == task)
+    found["completion_length"] = fmean(len(r.completion) for r in rollouts)
+    found["truncated"] = fmean(not r.ended for r in rollouts)
+    return found
 
 
-def rollout_share(run, data, indices, step, temperature, first_row):
-    """This process's groups of a rollout, every WORLD-th. Noise goes by a completion's place in the step, whoever samples it."""
-    args, G = run.args, run.args.group_size if temperature else 1
-    places, out = range(RANK, len(indices), WORLD), []
+def micro_batches(rollouts, args, device):
+    """This process's micro-batches, right-padded: ids [n, L], prompt_lengths and adv [n], mask and sampled_logp [n, T].
 
-    def attempt(groups):
-        part = places[:groups]
-        noise = uniforms(args.seed, step, [first_row + place * G + g for place in part for g in range(G)],
-                         args.max_new_tokens) if temperature else None
-        return part, run.generate([data[indices[place]]["prompt_ids"] for place in part], noise, group_size=G, check=run.stop.check,
-                                  max_new_tokens=args.max_new_tokens, temperature=temperature or 1.0, eos_ids=run.eos_ids,
-                                  pad_id=run.tokenizer.pad_token_id or 0)
-
-    while places:
-        most = min(max(1, args.sample_batch_size // G), len(places))
-        (part, (ids, logps)), fit = fitting(attempt, most, lambda groups: f"--sample_batch_size {groups * G}")             # 2
-        args.sample_batch_size = fit * G if fit < most else args.sample_batch_size
-        rows = [data[indices[place]] for place in part]
-        rows = [row for row in rows for _ in range(G)]
-        texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        scored = rewards.score_batch([row["task"] for row in rows], texts, rows, style=args.style, weights=args.weights,
-                                     n_tokens=[len(x) for x in ids], length=args.length_penalty)                           # 3
-        new = [Rollout(indices[part[k // G]], rows[k]["prompt_ids"], ids[k], logps[k].clone(), ids[k][-1] in run.eos_ids, texts[k],
-                       scored[k]) for k in range(len(ids))]     # clone: a view would travel with its whole batch
-        places, out = places[len(part):], out + chunks(new, G)
-    return out
-
-
-def collect(run, step, temperature):
-    """One step's rollouts -> those to train on, the first draw, all drawn. Dead groups are not trained on, unless there is
-    nothing else; metrics describe the first draw, which nothing has selected."""
-    args, G = run.args, run.args.group_size
-    trained, first, drawn = [], [], []
-    for _ in range(1 + args.max_resample):
-        indices = run.curriculum.draw(args.prompts_per_step - len(trained) // G, exclude={r.index for r in drawn})         # 1
-        new = rollout(run, run.data, indices, step, temperature, first_row=len(drawn))
-        first, drawn = first or new, drawn + new
-        trained += [r for group in chunks(new, G) if not dead(group) for r in group]
-        if len(trained) == args.prompts_per_step * G:
-            break
-    trained = trained if trained and args.max_resample else first
-    adv = advantages(torch.tensor([r.parts["reward"] for r in trained]), G, args.scale)                                    # 4
-    for r, a in zip(trained, adv.tolist()):
-        r.advantage = a
-    return trained, first, drawn
-
-
-# ------------------------------------------------------------------------------------------- the policy
-def build(args, tokenizer, eos_ids, data, eval_data, device, dtype):
-    """All that a run is made of. model: the policy, a transformers or a peft model; logps: completion_logps of it; sampler: the
-    same as one whole plain model; reference: where the policy started, frozen, or None where that is the policy with its adapter
-    off; data: rows with "prompt_ids"; bad: steps in a row with a gradient that is not finite; recent: metrics of the last 20."""
-    load = partial(load_lm, args.model, device, dtype, trust_remote_code=args.trust_remote_code)
-    model = load_policy(args, device, dtype)
-    sampler = load() if args.lora_rank or args.fsdp else model
-    reference = load().requires_grad_(False) if args.beta and not args.lora_rank else None
-    for p in reference.parameters() if args.offload_reference else ():
-        p.data = p.data.cpu().pin_memory() if device.type == "cuda" else p.data
-    logps, optimizer = prepare(model, args, dtype), Optimizer(model, args)
-    model.eval()
-    refresh(sampler, model)
-    return types.SimpleNamespace(
-        args=args, tokenizer=tokenizer, eos_ids=eos_ids, data=data, eval_data=eval_data, device=device,
-        model=model, logps=logps, optimizer=optimizer, reference=reference, sampler=sampler,
-        generate=Sampler(sampler) if args.sampler == "auto" else partial(generate, sampler),
-        curriculum=Curriculum(len(data), args.group_size, args.seed, args.curriculum_floor), stop=Stop(), bad=0, recent=[])
-
-
-@contextlib.contextmanager
-def reference_lm(run):
-    """The model that the policy was at the start, on the device while the context lasts."""
-    if run.reference is None:
-        with run.model.disable_adapter():
-            yield base_lm(run.model)
-        return
-    at_home = {p: p.data for p in run.reference.parameters()}
-    try:
-        for p, data in at_home.items():
-            p.data = data.to(run.device, non_blocking=True)
-        yield run.reference
-    finally:
-        for p, data in at_home.items():
-            p.data = data
-
-
-# ------------------------------------------------------------------------------------------- 5-7. update
-def micro_batches(rollouts, size, device, mask_truncated=False):
-    """Right-padded tensors for `size` rollouts at a time. Those that begin alike are neighbours (see attention.pack); groups with the
-    longest completions come first, so that too little memory shows at once; dead groups last, which then need no backward pass."""
+    Sorted by length, so that little is padding; the longest first, so that too little memory shows at once; those
+    without an advantage last, as they may need no backward pass. Under FSDP every rank makes as many passes."""
     def pad(rows):
         return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True).to(device)
 
-    longest = {}
-    for r in rollouts:
-        longest[r.index] = max(longest.get(r.index, 0), len(r.prompt) + len(r.completion))
-    order = sorted(rollouts, key=lambda r: (r.advantage == 0, -longest[r.index], r.prompt, r.completion))
-    return [{"ids": pad([r.prompt + r.completion for r in part]), "sampled": pad([r.logps for r in part]),
-             "mask": pad([[float(r.ended or not mask_truncated)] * len(r.completion) for r in part]),
-             "prompt_lengths": torch.tensor([len(r.prompt) for r in part], device=device),
-             "adv": torch.tensor([r.advantage for r in part], device=device)}
-            for part in chunks(order, size)]
+    size, batches = args.micro_batch_size, []
+    order = sorted(rollouts, key=lambda r: (r.advantage == 0, -len(r.prompt) - len(r.completion)))
+    end = round_up(len(order), size * WORLD) if args.fsdp else len(order)
+    for at in range(RANK * size, end, WORLD * size):
+        part = order[at:at + size] or order[-1:]
+        on = [float(at < len(order) and (r.ended or not args.mask_truncated)) for r in part]
+        batches.append({"ids": pad([r.prompt + r.completion for r in part]),
+                        "prompt_lengths": torch.tensor([len(r.prompt) for r in part], device=device),
+                        "adv": torch.tensor([r.advantage for r in part], device=device),
+                        "mask": pad([[x] * len(r.completion) for x, r in zip(on, part)]),
+                        "sampled_logp": pad([r.logps for r in part])})
+    return batches
 
 
-def evened(batches, spare):
-    """As many batches in every process, which makes as many passes: what is missing is `spare`, without a token to train on."""
-    missing = largest(len(batches)) - len(batches)
-    return batches + [spare | {"mask": torch.zeros_like(spare["mask"])} for _ in range(missing)]
+# ---------------------------------------------------------------------------------------------- the loop
+LINE = ("step {step}/{steps}  reward {reward:.3f}  correct {correct:.3f}  format {format:.3f}  "
+        "dead {frac_reward_zero_std:.2f}  length {completion_length:.0f}  cut {truncated:.2f}  entropy {entropy:.3f}  "
+        "kl {kl:.4f}  grad {grad_norm:.2f}  {step_seconds:.1f} s ({sample_seconds:.1f} sampling)  {left} left")
 
 
-def halved(run, batches, spare):
-    """The same rows in micro-batches of half the size, with what passes have left in them, as memory was too little."""
-    if run.args.sampler == "auto":
-        run.generate.release()
-    torch.cuda.empty_cache()
-    run.args.micro_batch_size = -(-run.args.micro_batch_size // 2)
-    note(f"out of GPU memory: --micro_batch_size {run.args.micro_batch_size} from here on; the update is the same")
-    halves = [dict(zip(b, half)) for b in batches for half in zip(*(x.tensor_split(2) for x in b.values()))]
-    return evened([half for half in halves if len(half["ids"])], spare)
-
-
-def add_reference(run, batches, temperature, stop):
-    """Leaves the reference's log-probabilities in each batch as "ref"; they stay for the step."""
-    def one(b):
-        if "ref" not in b:
-            b["ref"] = completion_logps(lm, b["ids"], b["prompt_lengths"], b["mask"], temperature)[0]
-
-    if largest(int(any("ref" not in b for b in batches))):      # in all processes or in none, as passes do together
-        run.model.eval()                                        # an adapter's base: no dropout
-        with torch.no_grad(), reference_lm(run) as lm:
-            passes(batches, one, stop)
-
-
-def backward(run, batches, temperature, num_tokens, num_seqs, stop=None):
-    """Adds up the gradient of this process's batches -> their share of the loss and of its parts. The first pass leaves the
-    policy's own log-probabilities in each batch as "old"; they stay for the step."""
-    args, sums = run.args, {}
-
-    def one(b):
-        learns = args.fsdp or args.beta > 0 or bool(b["adv"].any())                     # else there is no gradient: metrics only
-        with torch.set_grad_enabled(learns):
-            logp, entropy = run.logps(b["ids"], b["prompt_lengths"], b["mask"], temperature)                               # 5
-        b.setdefault("old", logp.detach())
-        loss, parts = policy_loss(logp, b["old"], b.get("ref"), b["adv"], b["mask"], loss=args.loss, clip_low=args.clip_low,
-                                  clip_high=args.clip_high, beta=args.beta, num_tokens=num_tokens, num_seqs=num_seqs,
-                                  max_new_tokens=args.max_new_tokens)                                                      # 6
-        if learns:
-            (loss * WORLD if args.fsdp else loss).backward()                            # FSDP averages over processes
-        parts |= {"entropy": (entropy * b["mask"]).sum() / num_tokens,
-                  "logp_gap": ((b["old"] - b["sampled"]).abs() * b["mask"]).sum() / num_tokens}
-        for name, value in parts.items():
-            sums[name] = sums.get(name, 0) + value
-
-    if args.beta:
-        add_reference(run, batches, temperature, stop)
-    run.model.train()
-    passes(batches, one, stop, args.fsdp)
-    return {name: float(value) for name, value in sums.items()}
-
-
-def update(run, trained, temperature, factor):
-    """Steps 5 to 7 on the rollouts of one step: --inner_epochs updates at `factor` times the peak learning rate. -> metrics, means
-    over them. Only a stop that comes before the first update leaves."""
-    args = run.args
-    metrics = dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "entropy", "logp_gap", "grad_norm", "skipped"), 0.0)
-    batches = micro_batches(trained, args.micro_batch_size, run.device, args.mask_truncated)
-    num_tokens = sum(float(b["mask"].sum()) for b in batches)
-    spare = {name: x[:1] for name, x in batches[-1].items()}    # of the shortest
-    batches = evened(batches[RANK::WORLD], spare)
-    for epoch in range(args.inner_epochs if num_tokens else 0):
-        share = None
-        while share is None:
-            run.optimizer.zero_grad()
-            try:
-                share = backward(run, batches, temperature, num_tokens, len(trained), None if epoch else run.stop)
-            except torch.OutOfMemoryError:                      # in all processes: see passes
-                if args.fsdp or largest(max(len(b["ids"]) for b in batches)) == 1:
-                    raise
-            if share is None:                                   # outside of the except, which holds on to the memory
-                batches = halved(run, batches, spare)
-        shares = gather(share)
-        totals = {name: sum(share[name] for share in shares) for name in share}
-        if not args.fsdp:
-            run.optimizer.reduce()
-        norm = run.optimizer.step(factor, skip=not math.isfinite(totals["loss"]))                                          # 7
-        totals |= {"grad_norm": norm, "skipped": float(not math.isfinite(norm + totals["loss"]))}
-        metrics = {name: value + totals[name] / args.inner_epochs for name, value in metrics.items()}
-    run.model.eval()
-    refresh(run.sampler, run.model)
-    return metrics
-
-
-# ------------------------------------------------------------------------------------------- files
-def save_model(run, folder):
-    """The policy as transformers and peft load it: the adapter, or all of it."""
-    (run.model if run.args.lora_rank else run.sampler).save_pretrained(folder)
-    run.tokenizer.save_pretrained(folder)
-
-
-def save(run, step):
-    """OUTPUT_DIR/checkpoint-<step>: a model folder, and all else that a run is. -> step"""
-    state = run.optimizer.state() | {"curriculum": vars(run.curriculum), "bad": run.bad, "recent": run.recent}
-    if RANK == 0:
-        save_checkpoint(run.args.output_dir, step, run.args.keep, lambda to: (save_model(run, to), torch.save(state, to / "trainer.pt")))
-    return step
-
-
-def load(run, folder):                                          # -> its step
-    state = read_state(folder, "curriculum", "bad", "recent")
-    if len(state["curriculum"]["due"]) != len(run.data):
-        fail(f"--resume: --data has {len(run.data)} prompts now, and had {len(state['curriculum']['due'])} in the run")
-    run.optimizer.load_state(state)
-    refresh(run.sampler, run.model)
-    vars(run.curriculum).update(state["curriculum"])
-    run.bad, run.recent = state["bad"], state["recent"]
-    return int(folder.name.removeprefix("checkpoint-"))
-
-
-# ------------------------------------------------------------------------------------------- the loop
-def read_rows(args, tokenizer, context, sources, split):
-    """Rows of all sources with their prompts' ids. Countdown data that is not there yet is made."""
-    rows = []
-    for source in sources:
-        if source.split(":")[0] == "countdown" and not Path("data/countdown").exists() and RANK == 0:
-            note("data/countdown is not there yet: making it with countdown.py")
-            if subprocess.call([sys.executable, Path(__file__).with_name("countdown.py"), "--out", "data/countdown"]):
-                fail("countdown.py could not make data/countdown")
-        gather(0)                                               # the others wait for it
-        rows += rewards.load_rows(source, split)
-    for n, (row, ids) in enumerate(zip(rows, prompt_ids(tokenizer, rows, args.style)), 1):
-        row["prompt_ids"] = ids
-        if len(ids) + args.max_new_tokens > context:
-            fail(f"row {n} of {' '.join(sources)}: its prompt of {len(ids)} tokens and --max_new_tokens {args.max_new_tokens} are "
-                 f"more than the model's context of {context}")
-    return rows
-
-
-def means(rollouts, data):
-    """Means over rollouts: every reward part, those of each task where there are several, lengths."""
-    out = {name: fmean(r.parts[name] for r in rollouts) for name in rollouts[0].parts}
-    tasks = sorted({data[r.index]["task"] for r in rollouts})
-    for task in tasks if len(tasks) > 1 else []:
-        of_task = [r for r in rollouts if data[r.index]["task"] == task]
-        out |= {f"{name}/{task}": fmean(r.parts[name] for r in of_task) for name in ("reward", "correct", "format")}
-    return out | {"completion_length": fmean(len(r.completion) for r in rollouts), "truncated": fmean(not r.ended for r in rollouts)}
-
-
-def train_step(run, step):
-    """One step, numbered as at the top -> its metrics, the rollouts drawn first. A stop before the update changes nothing."""
-    args, G, start = run.args, run.args.group_size, time.perf_counter()
-    temperature = args.temperature + (args.temperature_end - args.temperature) * (step - 1) / max(1, args.steps - 1)
-    factor = learning_rate(step, args.steps, args.warmup, args.lr_schedule)
-    trained, first, drawn = collect(run, step, temperature)                                                              # 1-4
-    sampled = time.perf_counter()
-    metrics = {"step": step, **means(first, run.data), "groups_drawn": len(drawn) // G}
-    metrics["frac_reward_zero_std"], metrics["frac_reward_zero_std_after"] = (fmean(map(dead, chunks(x, G))) for x in (first, trained))
-    torch.manual_seed(args.seed * 1_000_003 + step)             # for a model with dropout
-    metrics |= update(run, trained, temperature, factor)                                                                 # 5-7
-    for group in chunks(drawn, G):
-        run.curriculum.record(group[0].index, sum(r.parts["correct"] for r in group))
-    end = time.perf_counter()
-    tokens_drawn, tokens_trained = (sum(len(r.completion) for r in rollouts) for rollouts in (drawn, trained))
-    metrics |= {"lr": args.lr * factor, "temperature": temperature, "step_seconds": end - start,
-                "sample_seconds": sampled - start, "sample_tokens_per_s": tokens_drawn / (sampled - start),
-                "update_seconds": end - sampled, "update_tokens_per_s": tokens_trained * args.inner_epochs / (end - sampled),
-                "peak_memory_gb": peak_memory_gb()}
-    return metrics, first
-
-
-def evaluate(run, step, log):
-    """Greedy answers to the held-out rows, where they are due."""
-    if run.eval_data and (step % run.args.eval_every == 0 or step == run.args.steps):
-        found = means(rollout(run, run.eval_data, range(len(run.eval_data)), 0, 0), run.eval_data)
-        log({"step": step, **{"eval_" + name: value for name, value in found.items()}})
-        note(f"step {step}  held-out: reward {found['reward']:.3f}  correct {found['correct']:.3f}  format {found['format']:.3f}")
-
-
-LINE = ("step {step}  reward {reward:.3f}  correct {correct:.3f}  format {format:.3f}  dead {frac_reward_zero_std:.2f}  "
-        "length {completion_length:.0f}  cut {truncated:.2f}  entropy {entropy:.3f}  kl {kl:.4f}  grad {grad_norm:.2f}  "
-        "{sample_tokens_per_s:.0f} + {update_tokens_per_s:.0f} tokens/s  {step_seconds:.1f} s, {left} left")
-
-WARNINGS = [                                                    # (what the last 20 steps show, what usually helps), said once
-    (lambda m: m["reward"] <= 0, "no reward at all: read samples.jsonl; a cold start with sft.py, easier prompts or weight on format help"),
-    (lambda m: m["correct"] > 0.98, "nearly everything is right: harder prompts (--pass_rate) leave more to learn"),
-    (lambda m: m["frac_reward_zero_std"] > 0.9, "over 90 % of groups are dead: --pass_rate 0.1 0.9 or a larger --group_size help"),
-    (lambda m: m["truncated"] > 0.5, "over half of the completions are cut off: raise --max_new_tokens"),
-    (lambda m: m["kl"] > 1, "the policy is far from its start (KL above 1): lower --lr or raise --beta"),
-    (lambda m: m["logp_gap"] > 0.1, "sampler and trainer disagree (logp_gap above 0.1): try --dtype float32")]
-
-
-def report(run, metrics, first, said):
-    """The step's line, its samples where they are due, and warnings, each of them once."""
-    args, step, data = run.args, metrics["step"], run.data
-    run.recent, run.bad = [*run.recent[-19:], metrics], run.bad + 1 if metrics["skipped"] else 0
-    left = (args.steps - step) * fmean(m["step_seconds"] for m in run.recent)
-    note(LINE.format_map(metrics | {"left": tqdm.format_interval(left)}))
-    if RANK == 0 and (step % args.sample_every == 0 or step == 1 or run.bad):
-        append(Path(args.output_dir) / "samples.jsonl", [
-            {"step": step, "task": data[r.index]["task"], "prompt": run.tokenizer.decode(r.prompt), "completion": r.text,
-             "ended": r.ended, "advantage": r.advantage, **r.parts} for r in first[:2 * args.group_size]])
-    for shows, advice in WARNINGS:
-        if len(run.recent) == 20 and advice not in said and all(map(shows, run.recent)):
-            said.add(advice)
-            note(f"warning: {advice}")
-    if run.bad:
-        note(f"warning: the gradient of step {step} is not finite and was not used ({run.bad} in a row; see samples.jsonl)")
-    if run.bad == BAD_STEPS:
-        fail(f"{run.bad} gradients in a row are not finite: see step {step} in {args.output_dir}/samples.jsonl; in a new run lower --lr")
-
-
-def train(args, argv):
+def train(args):
     device, dtype = start_processes(args.dtype)
-    tokenizer, eos_ids, context = load_tokenizer(args.model, args.chat_template, args.trust_remote_code, train=True)
-    data = read_rows(args, tokenizer, context, args.data, "train")
-    eval_data = read_rows(args, tokenizer, context, args.eval_data, args.eval_split)
+    weights = rewards.parse_weights(args.weights)
+    tokenizer, context = load_tokenizer(args.model)
+    data = read_prompts(args.data, "train", args, tokenizer, context)
+    eval_data = read_prompts(args.eval_data, args.eval_split, args, tokenizer, context)
     if args.pass_rate != [0, 1]:
-        if not all(isinstance(row.get("pass_rate"), (int, float)) for row in data):
-            fail("--pass_rate: a row of --data has no such number; eval.py --samples 8 writes files that have")
-        data = [row for row in data if args.pass_rate[0] <= row["pass_rate"] <= args.pass_rate[1]]
-    if len(data) < args.prompts_per_step:
-        fail(f"--data has {len(data)} prompts, fewer than --prompts_per_step {args.prompts_per_step}")
-    folder = go_on_from(args, FREE)
-    run, said, done, saved = build(args, tokenizer, eos_ids, data, eval_data, device, dtype), set(), 0, -1
-    if folder:
-        done = saved = load(run, folder)
+        low, high = args.pass_rate
+        data = [row for row in data if low <= row.get("pass_rate", -1) <= high]
+        if not data:
+            fail("--pass_rate: no row of --data has one in this range; eval.py --samples 8 writes files that have it")
+    state, log = open_run(args, options().get_default), open_log(args)
+
+    policy, lm, policy_logps = load_policy(args, device, dtype)
+    plain = lm                                                  # what is sampled from and saved: the policy itself, or
+    if args.lora_rank or args.fsdp or dtype != torch.float32:   # a copy of what it amounts to
+        plain = load_lm(args.model, device, dtype)
+    ends = plain.generation_config.eos_token_id                 # one id, a list of several, or None
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    sampler = Sampler(plain, ends)
+    reference, adapter_off = lm, getattr(policy, "disable_adapter", contextlib.nullcontext)
+    if args.beta and not args.lora_rank:
+        reference = load_lm(args.model, "cpu" if args.offload_reference else device, dtype)
+    home = [p.data for p in reference.parameters()]             # where the weights lie except during their pass
+    optimizers = make_optimizers(policy, args)
+    done = {"step": 0, "drawn": 0, "evaluated": -1, "bad": 0}   # steps, prompts drawn, last evaluation, bad steps in a row
+    if state:
+        set_state_dict(policy, optimizers, model_state_dict=state["weights"], optim_state_dict=state["optimizers"],
+                       options=StateDictOptions(full_state_dict=True, strict=False))
+        done = {name: state[name] for name in done}
+    state = None
+    policy.eval()
+    refresh(plain, lm)
+
+    def save_model(folder):                                     # as transformers and peft load it
+        (policy if args.lora_rank else plain).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    def save():
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        trained, moments = get_state_dict(policy, optimizers, options=whole)            # collective
+        if RANK == 0:
+            save_checkpoint(args.output_dir, done | {"weights": trained, "optimizers": moments}, save_model)
+
+    def evaluate():
+        due = done["step"] % args.eval_every == 0 or done["step"] == args.steps
+        if eval_data and due and done["evaluated"] < done["step"]:
+            mine = sample(sampler, tokenizer, eval_data, range(len(eval_data))[RANK::WORLD], None, args)
+            score(mine, eval_data, args, weights)
+            found = means(exchange(mine), eval_data)
+            log({"step": done["step"]} | {f"eval_{name}": value for name, value in found.items()})
+            note("step {}  held-out: reward {reward:.3f}  correct {correct:.3f}  format {format:.3f}".format(
+                done["step"], **found))
+            done["evaluated"] = done["step"]
+
+    catch_signals()
+    began, first_step, saved = time.perf_counter(), done["step"] + 1, done["step"]
+    try:
+        evaluate()
+        for step in range(first_step, args.steps + 1):
+            started = time.perf_counter()
+            factor = learning_rate(step, args.steps, args.warmup, args.lr_schedule)
+            cooling = args.temperature - (args.temperature_end or args.temperature)
+            temperature = args.temperature - cooling * (step - 1) / max(1, args.steps - 1)
+            torch.manual_seed(args.seed * 1_000_003 + step)     # for models with dropout
+
+            groups, drawn = [], []                              # those to train on; all of this step
+            for _ in range(1 + args.max_resample):
+                # 1. Draw prompts.
+                missing = args.prompts_per_step - len(groups)
+                indices = draw_order(len(data), args.seed, done["drawn"] + len(drawn), missing)
+                # 2. Sample a group for each; every process takes its share.
+                places = range(len(drawn), len(drawn) + missing)[RANK::WORLD]
+                rows = [place * args.group_size + g for place in places for g in range(args.group_size)]
+                noise = uniforms(args.seed, step, rows, args.max_new_tokens)
+                mine = sample(sampler, tokenizer, data, indices[RANK::WORLD], noise, args, temperature)
+                # 3. Score, and replace dead groups in the next round.
+                score(mine, data, args, weights)
+                drawn += exchange(mine)
+                groups = [group for group in drawn if not is_dead(group)]
+                if len(groups) == args.prompts_per_step:
+                    break
+            first = drawn[:args.prompts_per_step]               # what metrics describe: nothing has selected it
+            if not groups or not args.max_resample:
+                groups = first
+            rollouts = [r for group in groups for r in group]
+
+            # 4. Advantages.
+            adv = advantages(torch.tensor([r.parts["reward"] for r in rollouts]), args.group_size, args.scale)
+            for r, a in zip(rollouts, adv.tolist()):
+                r.advantage = a
+            num_tokens = sum(len(r.completion) for r in rollouts if r.ended or not args.mask_truncated)
+            batches = micro_batches(rollouts, args, device)
+            sampled = time.perf_counter()
+
+            # 5. Log-probabilities under the reference.
+            if args.beta:
+                for p, x in zip(reference.parameters(), home):
+                    p.data = x.to(device)
+                with torch.no_grad(), adapter_off():
+                    for b in batches:
+                        b["ref"] = completion_logps(reference, b["ids"], b["prompt_lengths"], b["mask"], temperature)[0]
+                for p, x in zip(reference.parameters(), home):
+                    p.data = x
+            policy.train()
+            totals = dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "entropy", "logp_gap", "grad_norm", "skipped"), 0.0)
+            for _ in range(args.inner_epochs if num_tokens else 0):
+                sums = dict.fromkeys(totals, 0.0)
+                for b in batches:
+                    # 5. Log-probabilities under the policy; those of the first pass are the old ones.
+                    logp, entropy, _ = policy_logps(b["ids"], b["prompt_lengths"], b["mask"], temperature)
+                    old = b.setdefault("old", logp.detach())
+                    # 6. Loss and its gradient.
+                    loss, parts = policy_loss(
+                        logp, old, b.get("ref"), b["adv"], b["mask"], loss=args.loss, clip_low=args.clip_low,
+                        clip_high=args.clip_high, beta=args.beta, num_tokens=num_tokens, num_seqs=len(rollouts),
+                        max_new_tokens=args.max_new_tokens)
+                    if args.fsdp:                               # means over processes, all of which must take part
+                        ((loss + 0 * logp.sum()) * WORLD).backward()
+                    elif loss.requires_grad:
+                        loss.backward()
+                    parts["entropy"] = (entropy * b["mask"]).sum() / num_tokens
+                    parts["logp_gap"] = ((old - b["sampled_logp"]).abs() * b["mask"]).sum() / num_tokens
+                    for name, value in parts.items():
+                        sums[name] += value.detach()
+                shares = gather({name: float(value) for name, value in sums.items()})
+                sums = {name: sum(share[name] for share in shares) for name in sums}
+                # 7. Clip the gradient and update the weights.
+                sums["grad_norm"] = update(optimizers, factor, args, usable=math.isfinite(sums["loss"]))
+                sums["skipped"] = float(not math.isfinite(sums["loss"] + sums["grad_norm"]))
+                totals = {name: totals[name] + sums[name] / args.inner_epochs for name in totals}
+            policy.eval()
+            refresh(plain, lm)
+
+            # 8. Log, evaluate, save.
+            ended = time.perf_counter()
+            done |= {"step": step, "drawn": done["drawn"] + len(drawn), "bad": done["bad"] + 1 if totals["skipped"] else 0}
+            tokens = sum(len(r.completion) for group in drawn for r in group), sum(len(r.completion) for r in rollouts)
+            metrics = {"step": step, **means(first, data), **totals, "groups_drawn": len(drawn),
+                       "frac_reward_zero_std": fmean(map(is_dead, first)),
+                       "frac_reward_zero_std_after": fmean(map(is_dead, groups)),
+                       "lr": args.lr * factor, "temperature": temperature, "step_seconds": ended - started,
+                       "sample_seconds": sampled - started, "sample_tokens_per_s": tokens[0] / (sampled - started),
+                       "update_seconds": ended - sampled,
+                       "update_tokens_per_s": tokens[1] * args.inner_epochs / (ended - sampled),
+                       "peak_memory_gb": peak_memory_gb()}
+            log(metrics)
+            left = tqdm.format_interval((ended - began) / (step - first_step + 1) * (args.steps - step))
+            note(LINE.format_map(metrics | {"steps": args.steps, "left": left}))
+            if RANK == 0 and (step == 1 or step % 10 == 0 or done["bad"]):
+                append(Path(args.output_dir) / "samples.jsonl", [
+                    {"step": step, "task": data[r.index]["task"], "prompt": tokenizer.decode(r.prompt),
+                     "completion": r.text, "ended": r.ended, "advantage": r.advantage, **r.parts}
+                    for group in first[:2] for r in group])
+            if done["bad"]:
+                note(f"warning: the gradient of step {step} is not finite and was not used; see samples.jsonl")
+            if done["bad"] == BAD_STEPS:
+                fail(f"{BAD_STEPS} gradients in a row were not finite: start again with a lower --lr")
+            evaluate()
+            if args.save_every and step % args.save_every == 0:
+                save()
+                saved = step
+            check_stop()
+    except KeyboardInterrupt as stopped:
+        if saved < done["step"]:
+            save()
+        gather(0)                                               # torchrun ends all processes when one leaves
+        note(f"stopped after step {done['step']} of {args.steps}: continue with the same command and --resume")
+        raise SystemExit(128 + stopped.args[0]) from None
     if RANK == 0:
-        open_folder(args, folder)                               # a model that does not load costs no run its folder
-    log, quiet = logger(args), RANK > 0 or not sys.stderr.isatty()
-    with run.stop, tqdm(total=args.steps, initial=done, unit="step", disable=quiet) as bar:
-        try:
-            evaluate(run, done, log)
-            while done < args.steps:
-                metrics, first = train_step(run, done + 1)
-                done += 1
-                log(metrics)
-                bar.update()
-                report(run, metrics, first, said)
-                if args.save_every and done % args.save_every == 0:
-                    saved = save(run, done)
-                run.stop.check(everywhere=True)
-                evaluate(run, done, log)
-        except KeyboardInterrupt as stopped:
-            if saved < done:
-                save(run, done)
-            leave(stopped, done, args.steps, argv)
-    if RANK == 0:
-        tmp = Path(args.output_dir) / "tmp-final"
-        save_model(run, tmp)
+        save_model(args.output_dir)
         if args.merge:
-            run.sampler.save_pretrained(tmp / "merged")
-            tokenizer.save_pretrained(tmp / "merged")
-        move_in(tmp, args.output_dir)
+            plain.save_pretrained(Path(args.output_dir) / "merged")
+            tokenizer.save_pretrained(Path(args.output_dir) / "merged")
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    with one_line(args):
-        train(args, argv)
+    try:
+        train(args)
+        if WORLD > 1:
+            dist.destroy_process_group()
+    except rewards.DataError as err:
+        fail(err)
+    except ImportError as err:
+        fail(f"these flags need a package that is not installed: pip install {err.name}")
+    except torch.OutOfMemoryError:
+        fail("out of GPU memory: lower --micro_batch_size or --sample_batch_size, or take --activation_checkpointing, "
+             "--optim paged_adamw8bit, --offload_reference, --lora_rank 32 or --load_in_4bit; then --resume")
+    except (OSError, SafetensorError) as err:                   # a full disk, most of all
+        fail(f"--output_dir {args.output_dir}: {err}")
+    except KeyboardInterrupt:
+        note("stopped before the first step")
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 if __name__ == "__main__":
