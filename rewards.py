@@ -133,14 +133,15 @@ def value(node):
 
 
 def expression(said, row):
-    """evaluate() for a countdown answer that keeps to the rules; else None."""
+    """(value, efficiency) of a countdown answer that keeps to the rules, whatever its value; else None."""
     if len(said) > 2000:  # before the signs are replaced; what counts is the length after
         return None
     said = re.sub(r"[^\S ]", " ", plain_signs(said)).strip()
     body, equals, result = said.partition("=")
     if not 0 < len(said) <= 200 or "." in body or equals and result.strip() != str(row["target"]):
         return None
-    return evaluate(body) if sorted(map(int, OPERAND.findall(body))) == sorted(row["nums"]) else None
+    found = evaluate(body) if sorted(map(int, OPERAND.findall(body))) == sorted(row["nums"]) else None
+    return found and (found[0], min(1.0, found[1] / len(said)))
 
 
 def countdown(said, row):
@@ -400,8 +401,7 @@ def parse_weights(texts):
     for text in texts:
         match = re.fullmatch(r"(\w+)=((?:[0-9]{1,20}\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,2})?)", text)
         if not match or match[1] not in weights:
-            parts = ", ".join(weights)
-            raise DataError(f"--weights {text}: must be PART=NUMBER, PART one of {parts}, NUMBER 0 or more")
+            raise DataError(f"--weights {text}: must be PART=NUMBER, 0 or more, PART of {', '.join(WEIGHTS)}")
         weights[match[1]] = float(match[2])
     return weights
 
@@ -428,7 +428,7 @@ TASKS = {
         "needs": "'nums' must hold numbers of 0 or more that fit an expression of 200 characters",
         "worked": lambda row: (row.get("trace") or f"{row.get('solution')}={row['target']}",
                                row.get("trace_answer") or row.get("solution")),
-        "at_hand": "nums", "efficiency": lambda said, row: min(1.0, expression(said, row)[1] / len(said)),
+        "at_hand": "nums", "efficiency": lambda said, row: expression(said, row)[1],
     },
     "gsm8k": {
         "columns": {"question": str, "answer": str}, "data": "openai/gsm8k main", "grade": gsm8k,
