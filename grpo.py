@@ -68,7 +68,7 @@ MAY_CHANGE = {"resume", "output_dir", "save_every", "log_to", "micro_batch_size"
 transformers.utils.logging.disable_progress_bar()
 
 
-# ---------------------------------------------------------------------------------------------- flags
+# ----------------------------------------------------------------------------------------- flags
 def fail(message):
     """Print one line on stderr and exit with code 2: what a wrong flag, file or model gets."""
     print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
@@ -83,9 +83,8 @@ def note(message):
 
 def flag_parser():
     """argparse that also reads @FILE, flags as in a shell with # comments, and whose errors are one line."""
-    parser = argparse.ArgumentParser(
-        prog=Path(__file__).name, description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     parser.error = fail
     return parser
@@ -93,29 +92,30 @@ def flag_parser():
 
 def at_least(least, kind=int):
     """An argparse type: a finite number that is not below `least`."""
-    def convert(text):
+    def number(text):
         if not least <= kind(text) < math.inf:
             raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
         return kind(text)
+    return number
 
-    convert.__name__ = kind.__name__
-    return convert
+
+NATURAL, POSITIVE, FLOAT = at_least(0), at_least(1), at_least(0, float)
 
 
 def add_training_flags(parser, **defaults):
     """The flags that sft.py and grpo.py have in common, but for some defaults."""
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=at_least(0, float), help="peak learning rate; LoRA takes ten times that of a whole model")
-    add("--warmup", type=at_least(0), help="steps of linear warm-up")
+    add("--lr", type=FLOAT, help="peak learning rate; LoRA takes ten times that of a whole model")
+    add("--warmup", type=NATURAL, help="steps of linear warm-up")
     add("--lr_schedule", choices=["constant", "linear", "cosine"], help="after the warm-up; the latter two end at 0")
-    add("--max_grad_norm", type=at_least(0, float), default=1.0, help="clip the gradient to this norm; 0: never")
+    add("--max_grad_norm", type=FLOAT, default=1.0, help="clip the gradient to this norm; 0: never")
     add("--optim", choices=["adamw", "adamw8bit", "paged_adamw8bit", "muon"], default="adamw",
-        help="8-bit moments take 2 bytes a parameter, not 8; paged: on the CPU when memory is short; muon: for matrices")
-    add("--muon_lr", type=at_least(0, float), help="peak learning rate of the layers' matrices under --optim muon")
-    add("--micro_batch_size", type=at_least(1), default=8, help="rows per forward pass: speed and memory only")
+        help="8bit: 2 bytes of moments a parameter, not 8; paged: on the CPU when memory is short; muon: for matrices")
+    add("--muon_lr", type=FLOAT, help="peak learning rate of the layers' matrices under --optim muon")
+    add("--micro_batch_size", type=POSITIVE, default=8, help="rows per forward pass: speed and memory only")
     add = parser.add_argument_group("model and memory").add_argument
-    add("--lora_rank", type=at_least(0), default=0, help="LoRA on all linear layers but the head; 0: whole model")
-    add("--lora_alpha", type=at_least(0, float), default=32, help="the adapter is scaled by alpha / rank")
+    add("--lora_rank", type=NATURAL, default=0, help="LoRA on all linear layers but the head; 0: whole model")
+    add("--lora_alpha", type=FLOAT, default=32, help="the adapter is scaled by alpha / rank")
     add("--load_in_4bit", action="store_true", help="QLoRA: keep the frozen base in nf4")
     add("--merge", action="store_true", help="LoRA: also write merged/, the base with the adapter merged in")
     add("--activation_checkpointing", action="store_true", help="less memory, about a third slower")
@@ -124,10 +124,10 @@ def add_training_flags(parser, **defaults):
     add("--fsdp", action="store_true", help="shard a whole model over torchrun's processes (FSDP2)")
     add = parser.add_argument_group("files and logs").add_argument
     add("--output_dir", default=f"runs/{Path(__file__).stem}", help="final model, checkpoints, metrics.jsonl ...")
-    add("--save_every", type=at_least(0), help="steps between checkpoints; 0: only when stopped")
+    add("--save_every", type=NATURAL, help="steps between checkpoints; 0: only when stopped")
     add("--log_to", choices=["tensorboard", "wandb"], help="besides metrics.jsonl")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output_dir, if any")
-    add("--seed", type=at_least(0), default=0, help="of the data order, the sampling and new weights")
+    add("--seed", type=NATURAL, default=0, help="of the data order, the sampling and new weights")
     parser.set_defaults(**defaults)
 
 
@@ -144,34 +144,34 @@ def options():
     add = parser.add_argument_group("task").add_argument
     add("--model", required=True, help="checkpoint folder or hub id")
     add("--data", nargs="+", default=["countdown"], metavar="SOURCE", help="prompts: TASK[=PATH][:N]")
-    add("--pass_rate", nargs=2, type=at_least(0, float), default=[0.0, 1.0], metavar=("LOW", "HIGH"),
+    add("--pass_rate", nargs=2, type=FLOAT, default=[0.0, 1.0], metavar=("LOW", "HIGH"),
         help="keep rows whose pass_rate lies in this range; eval.py --samples 8 writes files with that column")
     add("--style", choices=rewards.STYLES, default="reasoning", help="name of the reasoning tag")
     add("--weights", nargs="+", default=[f"{part}={w}" for part, w in rewards.WEIGHTS.items()],
         metavar="PART=WEIGHT", help="of the parts of the reward; parts that are not named weigh 0")
-    add("--length_penalty", nargs=2, type=at_least(0), default=list(rewards.LENGTH), metavar=("START", "END"),
+    add("--length_penalty", nargs=2, type=NATURAL, default=list(rewards.LENGTH), metavar=("START", "END"),
         help="tokens over which the length part falls from 0 to -1")
     add("--eval_data", nargs="+", default=[], metavar="SOURCE", help="held-out rows, answered greedily")
     add("--eval_split", default="test", help="of --eval_data: train, val or test")
-    add("--eval_every", type=at_least(1), default=50, help="steps between evaluations")
+    add("--eval_every", type=POSITIVE, default=50, help="steps between evaluations")
     add = parser.add_argument_group("sampling").add_argument
-    add("--prompts_per_step", type=at_least(1), default=32, help="groups per step, over all processes")
+    add("--prompts_per_step", type=POSITIVE, default=32, help="groups per step, over all processes")
     add("--group_size", type=at_least(2), default=8, help="completions per prompt")
-    add("--max_new_tokens", type=at_least(1), default=1024, help="length limit of a completion, in tokens")
+    add("--max_new_tokens", type=POSITIVE, default=1024, help="length limit of a completion, in tokens")
     add("--temperature", type=at_least(1e-3, float), default=1.0, help="of sampling and of the trained log-probs")
     add("--temperature_end", type=at_least(1e-3, float), help="anneal linearly to this")
-    add("--max_resample", type=at_least(0), default=2, help="rounds of fresh prompts a step for dead groups")
-    add("--sample_batch_size", type=at_least(1), default=512, help="completions sampled at once: memory only")
+    add("--max_resample", type=NATURAL, default=2, help="rounds of fresh prompts a step for dead groups")
+    add("--sample_batch_size", type=POSITIVE, default=512, help="completions sampled at once: memory only")
     add = parser.add_argument_group("loss").add_argument
-    add("--steps", type=at_least(1), default=500, help="number of training steps")
+    add("--steps", type=POSITIVE, default=500, help="number of training steps")
     add("--loss", choices=["grpo", "dr_grpo", "dapo", "cispo", "gspo"], default="dapo", help="see policy_loss")
     add("--scale", choices=["group", "batch", "none"], default="group", help="which std normalises advantages")
-    add("--clip_low", type=at_least(0, float), default=0.2, help="the ratio is clipped below 1 - this")
-    add("--clip_high", type=at_least(0, float), default=0.2, help="the ratio is clipped above 1 + this")
-    add("--beta", type=at_least(0, float), default=0.001, help="weight of the KL to the initial model; 0: off")
+    add("--clip_low", type=FLOAT, default=0.2, help="the ratio is clipped below 1 - this")
+    add("--clip_high", type=FLOAT, default=0.2, help="the ratio is clipped above 1 + this")
+    add("--beta", type=FLOAT, default=0.001, help="weight of the KL to the initial model; 0: off")
     add("--offload_reference", action="store_true", help="keep the reference on the CPU except during its pass")
     add("--mask_truncated", action="store_true", help="do not train on completions cut off at --max_new_tokens")
-    add("--inner_epochs", type=at_least(1), default=1, help="updates per step on the same rollouts")
+    add("--inner_epochs", type=POSITIVE, default=1, help="updates per step on the same rollouts")
     add_training_flags(parser, lr=1e-6, warmup=10, lr_schedule="constant", muon_lr=1e-3, save_every=50)
     return parser
 
@@ -184,7 +184,7 @@ def parse_args(argv=None):
     return args
 
 
-# ---------------------------------------------------------------------------------------------- pure functions
+# ----------------------------------------------------------------------------------------- pure functions
 def advantages(rewards, group_size, scale="group"):
     """[N] rewards, a group's completions side by side -> [N] advantages: r - mean(group), over a standard deviation.
 
@@ -259,7 +259,7 @@ def completion_logps(lm, ids, prompt_lengths, mask, temperature=1.0, chunk=HEAD_
     [n, T]. At most `chunk` logits exist at once, of completion positions only; the backward pass computes them again."""
     def head(h, targets):
         logps = (lm.get_output_embeddings()(h).float() / temperature).log_softmax(-1)   # in bf16 ratios are noise
-        frozen = logps.detach()                                 # entropies of `logps` itself would keep their gradient
+        frozen = logps.detach()  # entropies of `logps` itself would keep their gradient
         return (logps.gather(1, targets[:, None]).squeeze(1), -(frozen.exp() * frozen).sum(-1),
                 (frozen.argmax(-1) == targets).float())
 
@@ -268,7 +268,7 @@ def completion_logps(lm, ids, prompt_lengths, mask, temperature=1.0, chunk=HEAD_
     row = torch.arange(len(ids), device=ids.device)[:, None]                            # [n, 1]
     place = prompt_lengths[:, None] + torch.arange(mask.shape[1], device=ids.device)    # [n, T]
     place = place.clamp(max=ids.shape[1] - 1)
-    hidden, targets = states[row, place - 1][on], ids[row, place][on]                   # [tokens, H], [tokens]
+    hidden, targets = states[row, place - 1][on], ids[row, place][on]  # [tokens, H], [tokens]
     size = max(1, chunk // lm.config.get_text_config().vocab_size)
     if len(targets) > size and torch.is_grad_enabled():
         head = partial(checkpoint, head, use_reentrant=False)
@@ -277,7 +277,7 @@ def completion_logps(lm, ids, prompt_lengths, mask, temperature=1.0, chunk=HEAD_
     return tuple(blank.masked_scatter(on, torch.cat(part)) for part in zip(*pieces))
 
 
-# ---------------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- sampling
 def uniforms(seed, step, rows, n):
     """[len(rows), n] numbers in [0, 1): the noise of a row is a function of (seed, step, row) alone."""
     streams = [np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, step, row])) for row in rows]
@@ -304,9 +304,6 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
     head become rows of one product, so that keys and values [n, kv_heads, columns, D] are read once, uncopied."""
     if query.shape[2] > 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
-    for name in others.keys() - {"position_ids", "is_causal", "use_cache"}:
-        if others[name] is not None and others[name] is not False:
-            fail(f"--model: grpo.py cannot sample from a model whose attention takes {name}")
     grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])      # [n, kv_heads, group, D]
     out = F.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
     return out.reshape(len(query), 1, query.shape[1], -1), None
@@ -344,14 +341,12 @@ class Sampler:
         assert not self.model.training, "in training mode activation checkpointing silently drops the cache"
         n, width = len(prompts) * group_size, max(map(len, prompts))
         rows = self.start(prompts, noise, group_size, width, max_new_tokens, temperature)
-        bar = trange(max_new_tokens, desc="sampling", unit=" tokens a row", delay=2, leave=False, disable=RANK > 0 or None)
-        for t in bar:
-            if t % (8 if self.graphs else 4) == 0:              # to see which rows have ended is to wait for the GPU
+        for t in trange(max_new_tokens, desc="sampling", unit=" tokens a row", delay=2, leave=False, disable=RANK > 0):
+            if t % (8 if self.graphs else 4) == 0:  # to see which rows have ended is to wait for the GPU
                 rows = self.compact(rows, width + t)
                 if rows == 0 or STOP:
                     break
             self.advance(rows, round_up(width + t, self.blocks[1]), noise is None)
-        bar.close()
         lengths, tokens = self.lengths[:n].tolist(), self.tokens[:n, :max_new_tokens].tolist()
         logps = self.logps[:n, :max_new_tokens].cpu()
         return [x[:k] for x, k in zip(tokens, lengths)], [x[:k].clone() for x, k in zip(logps, lengths)]
@@ -359,8 +354,8 @@ class Sampler:
     def start(self, prompts, noise, group_size, width, max_new_tokens, temperature):
         """Prefill the prompts, left-padded, and fill the buffers -> number of rows of a step."""
         device, n = self.model.device, len(prompts) * group_size
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)                # [P, W]
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)    # [P, W]
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # [P, W]
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # [P, W]
         cache = self.model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
                            use_cache=True, logits_to_keep=1).past_key_values
         layers = getattr(cache, "layers", [None])
@@ -368,7 +363,7 @@ class Sampler:
             fail(f"--model: grpo.py cannot sample from a {self.model.config.model_type} model, whose cache holds "
                  "more than the keys and values of like layers")
         rows, columns = round_up(n, self.blocks[0]), round_up(width + max_new_tokens, self.blocks[1])
-        if rows > self.size[0] or columns > self.size[1]:       # larger buffers; the graphs hold the old addresses
+        if rows > self.size[0] or columns > self.size[1]:  # larger buffers; the graphs hold the old addresses
             self.captured, self.kv = {}, None
             self.size = most, columns = max(rows, self.size[0]), max(columns, self.size[1])
             _, kv_heads, _, D = layers[0].keys.shape
@@ -381,7 +376,7 @@ class Sampler:
             self.t, self.column = torch.zeros(2, 1, dtype=torch.long, device=device)
             self.temperature = torch.zeros((), device=device)
             self.eos = torch.tensor(sorted(self.eos_ids), device=device)
-        for i, layer in enumerate(layers):                      # a prompt's keys and values are copied to its group
+        for i, layer in enumerate(layers):  # a prompt's keys and values are copied to its group
             for buffer, x in zip(self.kv[:, i, :n], (layer.keys, layer.values)):
                 buffer.unflatten(0, (-1, group_size))[..., :width, :] = x[:, None]
         self.bias.fill_(torch.finfo(self.bias.dtype).min / 4)   # not -inf: a row of padding alone must not give NaN
@@ -452,13 +447,13 @@ class Sampler:
         return min(size, rows)
 
 
-# ---------------------------------------------------------------------------------------------- models
+# ----------------------------------------------------------------------------------------- models
 def load_tokenizer(name):
     """-> tokenizer, the model's context in tokens."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         config = transformers.AutoConfig.from_pretrained(name).get_text_config()
-    except Exception as err:                                    # of a dozen types, for what is one thing to the user
+    except Exception as err:  # of a dozen types, for what is one thing to the user
         fail(f"--model {name}: not a folder with a model, nor a hub id that can be reached ({str(err)[:200]})")
     if not tokenizer.chat_template:
         fail(f"--model {name}: its tokenizer has no chat template; add chat_template.jinja to the model's folder")
@@ -469,23 +464,24 @@ def prompt_ids(tokenizer, chats):
     """The ids of each chat, a list of turns, up to where the assistant's next turn begins."""
     try:
         texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-    except Exception as err:                                    # whatever a template raises, or does not compile
+    except Exception as err:  # whatever a template raises, or does not compile
         fail(f"--model {tokenizer.name_or_path}: its chat template does not take the prompt ({err})")
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
 def load_lm(name, device, dtype, load_in_4bit=False):
     """The causal language model `name` in eval mode, in `dtype` or in nf4."""
-    nf4 = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                          bnb_4bit_compute_dtype=dtype)
-    options = {"quantization_config": nf4, "device_map": {"": device}} if load_in_4bit else {}
+    options = {"dtype": dtype, "output_loading_info": True}
+    if load_in_4bit:
+        options |= {"device_map": {"": device}, "quantization_config": transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
     try:
-        lm, found = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+        lm, found = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
     except torch.OutOfMemoryError:
         raise
-    except Exception as err:                                    # a damaged file, a missing package, an unknown model
+    except Exception as err:  # a damaged file, a missing package, an unknown model
         fail(f"--model {name}: cannot be loaded ({str(err)[:200]})")
-    if found["missing_keys"]:                                   # transformers puts random numbers in their place
+    if found["missing_keys"]:  # transformers puts random numbers in their place
         fail(f"--model {name}: its files lack weights ({', '.join(sorted(found['missing_keys']))[:200]})")
     for module in lm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):       # it repacks 4-bit weights, which breaks training them
@@ -507,12 +503,11 @@ def load_policy(args, device, dtype):
     if args.activation_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     lm.logps = partial(completion_logps, lm)
-    if args.fsdp:                                               # fp32 shards; a layer is gathered in `dtype` to run
+    if args.fsdp:  # fp32 shards; a layer is gathered in `dtype` to run
         precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for module in (*lm.base_model.layers, lm):
             fully_shard(module, mp_policy=precision)
         register_fsdp_forward_method(lm, "logps")
-        return model, lm, lm.logps
 
     def logps(*inputs):                                         # with a cache all weights would exist twice
         with torch.autocast(lm.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
@@ -546,16 +541,17 @@ def refresh(plain, lm):
 
 def make_optimizers(model, args):
     """The optimisers of all trained parameters, at peak learning rates."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            is_matrix = args.optim == "muon" and p.ndim == 2 and ".layers." in name
+            (matrices if is_matrix else rest).append(p)
     if "8bit" in args.optim:
         import bitsandbytes
         make = bitsandbytes.optim.PagedAdamW8bit if "paged" in args.optim else bitsandbytes.optim.AdamW8bit
-        return [make(trained.values(), lr=args.lr, weight_decay=0.0)]
-    matrices = {name for name, p in trained.items() if args.optim == "muon" and p.ndim == 2 and ".layers." in name}
-    rest = [p for name, p in trained.items() if name not in matrices]
+        return [make(rest, lr=args.lr, weight_decay=0.0)]
     optimizers = [torch.optim.AdamW(rest, lr=args.lr, weight_decay=0.0, fused=True)]
     if matrices:
-        matrices = [p for name, p in trained.items() if name in matrices]
         optimizers.append(torch.optim.Muon(matrices, lr=args.muon_lr, weight_decay=0.0))
     return optimizers
 
@@ -563,8 +559,7 @@ def make_optimizers(model, args):
 def update(optimizers, factor, args, usable):
     """Sum the gradients over all processes, clip them and make one update at `factor` times the peak learning rates
     -> norm of the gradient before clipping. Where that is not finite, or not `usable`, no weight changes."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    parameters = [p for group in groups for p in group["params"]]
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     for p in parameters:
         if p.grad is None:                                      # another process may have one
             p.grad = torch.zeros_like(p)
@@ -589,22 +584,21 @@ def peak_memory_gb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-# ---------------------------------------------------------------------------------------------- processes, signals
+# ----------------------------------------------------------------------------------------- processes, signals
 def start_processes(dtype):
     """Join torchrun's other processes, if there are any -> this one's device, the compute dtype."""
     cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
-    if cuda and local >= torch.cuda.device_count():
-        fail(f"torchrun started more processes than there are GPUs: --nproc_per_node {torch.cuda.device_count()}")
-    if WORLD > 1:                                               # ranks may wait for hours while one samples or saves
+    if WORLD > 1:  # ranks may wait for hours while one samples or saves
         store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(hours=12)))
         # after a restart torchrun's store still holds the addresses of the start before
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
                                 timeout=store.timeout)
     dtype = {"auto": "bfloat16" if cuda else "float32"}.get(dtype, dtype)
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(local)
-    return torch.device("cuda", local) if cuda else torch.device("cpu"), getattr(torch, dtype)
+        torch.cuda.set_device(device)
+    return device, getattr(torch, dtype)
 
 
 def gather(x):
@@ -634,7 +628,7 @@ def check_stop():
         raise KeyboardInterrupt(numbers[0])
 
 
-# ---------------------------------------------------------------------------------------------- files
+# ----------------------------------------------------------------------------------------- files
 def open_run(args, default):
     """Take hold of --output_dir -> the state of the newest checkpoint in it that loads, or None for a new run.
 
@@ -663,7 +657,7 @@ def open_run(args, default):
         trainer = out / f"checkpoint-{steps.pop()}" / "trainer.pt"
         try:
             state = torch.load(trainer, weights_only=True, map_location="cpu", mmap=True)
-        except Exception as err:                                # of many types: cut off, missing, something else
+        except Exception as err:  # of many types: cut off, missing, something else
             note(f"{trainer} is damaged ({type(err).__name__}): trying the checkpoint before it")
             if not steps:
                 fail(f"--resume: no checkpoint in {out} loads; remove the folder to start again")
@@ -704,26 +698,26 @@ def append(path, rows):
             f.write(json.dumps(row) + "\n")
 
 
-def open_log(args):
-    """-> log(metrics): a line of metrics.jsonl and, as --log_to asks, TensorBoard or W&B. On rank 0."""
-    board = None
-    if args.log_to and RANK == 0:
-        from torch.utils.tensorboard import SummaryWriter
-        if args.log_to == "wandb":                              # it copies what goes to TensorBoard
-            import wandb
-            wandb.init(project=Path(__file__).stem, name=args.output_dir, config=vars(args), sync_tensorboard=True)
-        board = SummaryWriter(args.output_dir)
-
-    def log(metrics):
-        if RANK == 0:
-            append(Path(args.output_dir) / "metrics.jsonl", [metrics])
-        for name, value in metrics.items() if board else ():
-            board.add_scalar(name, value, metrics["step"])
-
-    return log
+def open_board(args):
+    """The TensorBoard writer that --log_to asks for, or None; W&B copies what is written there."""
+    if not args.log_to or RANK > 0:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+    if args.log_to == "wandb":
+        import wandb
+        wandb.init(project=Path(__file__).stem, name=args.output_dir, config=vars(args), sync_tensorboard=True)
+    return SummaryWriter(args.output_dir)
 
 
-# ---------------------------------------------------------------------------------------------- rollouts
+def log(args, board, metrics):
+    """A line of metrics.jsonl, and points on the board's curves. On rank 0."""
+    if RANK == 0:
+        append(Path(args.output_dir) / "metrics.jsonl", [metrics])
+    for name, value in metrics.items() if board else ():
+        board.add_scalar(name, value, metrics["step"])
+
+
+# ----------------------------------------------------------------------------------------- rollouts
 @dataclass
 class Rollout:
     """One completion: what was asked, what the model wrote, what it earned."""
@@ -827,7 +821,7 @@ def micro_batches(rollouts, args, device):
     return batches
 
 
-# ---------------------------------------------------------------------------------------------- the loop
+# ----------------------------------------------------------------------------------------- the loop
 LINE = ("step {step}/{steps}  reward {reward:.3f}  correct {correct:.3f}  format {format:.3f}  "
         "dead {frac_reward_zero_std:.2f}  length {completion_length:.0f}  cut {truncated:.2f}  entropy {entropy:.3f}  "
         "kl {kl:.4f}  grad {grad_norm:.2f}  {step_seconds:.1f} s ({sample_seconds:.1f} sampling)  {left} left")
@@ -844,10 +838,10 @@ def train(args):
         data = [row for row in data if low <= row.get("pass_rate", -1) <= high]
         if not data:
             fail("--pass_rate: no row of --data has one in this range; eval.py --samples 8 writes files that have it")
-    state, log = open_run(args, options().get_default), open_log(args)
+    state, board = open_run(args, options().get_default), open_board(args)
 
     policy, lm, policy_logps = load_policy(args, device, dtype)
-    plain = lm                                                  # what is sampled from and saved: the policy itself, or
+    plain = lm  # what is sampled from and saved: the policy itself, or
     if args.lora_rank or args.fsdp or dtype != torch.float32:   # a copy of what it amounts to
         plain = load_lm(args.model, device, dtype)
     ends = plain.generation_config.eos_token_id                 # one id, a list of several, or None
@@ -856,7 +850,7 @@ def train(args):
     reference, adapter_off = lm, getattr(policy, "disable_adapter", contextlib.nullcontext)
     if args.beta and not args.lora_rank:
         reference = load_lm(args.model, "cpu" if args.offload_reference else device, dtype)
-    home = [p.data for p in reference.parameters()]             # where the weights lie except during their pass
+    home = [p.data for p in reference.parameters()]  # where the weights lie except during their pass
     optimizers = make_optimizers(policy, args)
     done = {"step": 0, "drawn": 0, "evaluated": -1, "bad": 0}   # steps, prompts drawn, last evaluation, bad steps in a row
     if state:
@@ -883,7 +877,7 @@ def train(args):
             mine = sample(sampler, tokenizer, eval_data, range(len(eval_data))[RANK::WORLD], None, args)
             score(mine, eval_data, args, weights)
             found = means(exchange(mine), eval_data)
-            log({"step": done["step"]} | {f"eval_{name}": value for name, value in found.items()})
+            log(args, board, {"step": done["step"]} | {f"eval_{name}": value for name, value in found.items()})
             note("step {}  held-out: reward {reward:.3f}  correct {correct:.3f}  format {format:.3f}".format(
                 done["step"], **found))
             done["evaluated"] = done["step"]
@@ -915,7 +909,7 @@ def train(args):
                 groups = [group for group in drawn if not is_dead(group)]
                 if len(groups) == args.prompts_per_step:
                     break
-            first = drawn[:args.prompts_per_step]               # what metrics describe: nothing has selected it
+            first = drawn[:args.prompts_per_step]  # what metrics describe: nothing has selected it
             if not groups or not args.max_resample:
                 groups = first
             rollouts = [r for group in groups for r in group]
@@ -950,7 +944,7 @@ def train(args):
                         logp, old, b.get("ref"), b["adv"], b["mask"], loss=args.loss, clip_low=args.clip_low,
                         clip_high=args.clip_high, beta=args.beta, num_tokens=num_tokens, num_seqs=len(rollouts),
                         max_new_tokens=args.max_new_tokens)
-                    if args.fsdp:                               # means over processes, all of which must take part
+                    if args.fsdp:  # means over processes, all of which must take part
                         ((loss + 0 * logp.sum()) * WORLD).backward()
                     elif loss.requires_grad:
                         loss.backward()
@@ -979,7 +973,7 @@ def train(args):
                        "update_seconds": ended - sampled,
                        "update_tokens_per_s": tokens[1] * args.inner_epochs / (ended - sampled),
                        "peak_memory_gb": peak_memory_gb()}
-            log(metrics)
+            log(args, board, metrics)
             left = tqdm.format_interval((ended - began) / (step - first_step + 1) * (args.steps - step))
             note(LINE.format_map(metrics | {"steps": args.steps, "left": left}))
             if RANK == 0 and (step == 1 or step % 10 == 0 or done["bad"]):
