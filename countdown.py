@@ -164,7 +164,7 @@ def join(op, a, b, zero):
         b_ups, b_downs = b_downs, b_ups
     node = flat(kind, a_ups + b_ups, a_downs + b_downs)
     if zero and kind == SUM:
-        return max(node, flat(SUM, node.downs, node.ups))
+        return max(node, flat(SUM, node.downs, node.ups), key=lambda either: either.ups)
     return node
 
 
