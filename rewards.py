@@ -24,8 +24,8 @@ import math
 import operator
 import os
 import re
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
 from importlib.util import find_spec
@@ -38,15 +38,14 @@ LENGTH = (500, 800)  # tokens that cost nothing, tokens at which the length part
 TAGS = {style: re.compile(rf"(</?(?:{style}|answer)>)") for style in STYLES}
 
 
-class DataError(ValueError):
+class DataError(Exception):
     """Data or weights that cannot be used, in one line that says where and why."""
 
 
 # ------------------------------------------------------------------------------------ which answer
 NUMERAL = (r"[1-9][0-9]{0,2}(?:(,|\{,\}| )[0-9]{3}(?:\1[0-9]{3})*)(?![0-9])(?:\.[0-9]+)?"
            r"|[0-9]+(?:\.[0-9]+)?|\.[0-9]+")  # 1,234.5 in true groups of three, 1234.5, .5
-# with its sign and currency, and not a part of a word (v2) or of a difference (10-5)
-LAST_NUMBER = rf"(?:(?<![\w.)])[-+\u2212])?(?:\\?\$)?(?<![\w.])(?:{NUMERAL})"
+LAST_NUMBER = rf"(?:(?<![\w.)])[-+\u2212])?(?:\\?\$)?(?<![\w.])(?:{NUMERAL})"  # not the 2 of v2
 
 
 def tail(text, style):
@@ -110,6 +109,8 @@ def evaluate(text, limit=200):
     Nothing is executed: Python's parser only reads."""
     if len(text) > limit or not ARITHMETIC.fullmatch(text):
         return None
+    if text.isdigit():
+        return int(text), len(text)
     try:
         number, length, _ = value(ast.parse(text.strip(), mode="eval").body)
         return number, length - text.count("--")  # 2--3 is a padded 2+3
@@ -325,17 +326,18 @@ def equations(text):
 
 
 def operands(side):
-    return [Fraction(number) for number in OPERAND.findall(side)]
+    return [int(number) if number.isdigit() else Fraction(number) for number in OPERAND.findall(side)]
 
 
 def played(side, result, pools):
     """The numbers at hand after a step, for each of `pools` (lists of numbers) that holds its operands."""
-    reached = []
+    taken, reached = operands(side), []
     for pool in pools:
-        rest = Counter(pool)
-        rest.subtract(operands(side))
-        if min(rest.values()) >= 0:
-            reached.append([*rest.elements(), result])
+        with suppress(ValueError):  # where one is not at hand
+            rest = pool.copy()
+            for number in taken:
+                rest.remove(number)
+            reached.append([*rest, result])
     return reached
 
 
@@ -571,8 +573,6 @@ def read_rows(path, split, config):
         else:
             raise DataError(f"{here}: no such file or folder")
     except (OSError, ValueError, ImportError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{here}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
