@@ -52,7 +52,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm, trange
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -62,6 +62,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 STOP = []                       # the signals that asked this process to stop
 LOGS = ("metrics.jsonl", "samples.jsonl")
 HEAD_LOGITS = 2 ** 26           # logits that exist at a time: 256 MB in fp32
+PARTS = ("loss", "kl", "clip_low", "clip_high", "entropy", "logp_gap", "grad_norm", "skipped")
 BAD_STEPS = 5                   # steps in a row with a non-finite gradient, after which a run stops
 MAY_CHANGE = {"resume", "output_dir", "save_every", "log_to", "micro_batch_size", "sample_batch_size", "merge", "fsdp",
               "activation_checkpointing", "offload_reference"}  # at --resume, as they do not change what is learned
@@ -131,15 +132,7 @@ def add_training_flags(parser, **defaults):
     parser.set_defaults(**defaults)
 
 
-def check_training_flags(args):
-    """End with one line where flags of add_training_flags do not go together."""
-    if args.load_in_4bit and not args.lora_rank:
-        fail("--load_in_4bit needs --lora_rank: 4-bit weights do not train")
-    if args.fsdp and (WORLD == 1 or args.lora_rank or args.optim != "adamw"):
-        fail("--fsdp shards a whole model, with --optim adamw, over the processes of torchrun --nproc_per_node N")
-
-
-def options():
+def parse_args(argv=None):
     parser = flag_parser()
     add = parser.add_argument_group("task").add_argument
     add("--model", required=True, help="checkpoint folder or hub id")
@@ -173,15 +166,7 @@ def options():
     add("--mask_truncated", action="store_true", help="do not train on completions cut off at --max_new_tokens")
     add("--inner_epochs", type=POSITIVE, default=1, help="updates per step on the same rollouts")
     add_training_flags(parser, lr=1e-6, warmup=10, lr_schedule="constant", muon_lr=1e-3, save_every=50)
-    return parser
-
-
-def parse_args(argv=None):
-    args = options().parse_args(argv)
-    check_training_flags(args)
-    if args.pass_rate[0] > args.pass_rate[1] or args.length_penalty[0] >= args.length_penalty[1]:
-        fail("--pass_rate LOW HIGH, --length_penalty START END: the first number must be below the second")
-    return args
+    return parser.parse_args(argv)
 
 
 # ----------------------------------------------------------------------------------------- pure functions
@@ -318,19 +303,21 @@ def round_up(n, multiple):
 
 
 class Sampler:
-    """Samples groups of completions. Prompts are prefilled once and end in the same column, so that step t reads and
-    writes the same columns of every row: the same operations on the same addresses. On a GPU it is replayed from a
-    CUDA graph, captured once for each number of rows and columns. Finished rows leave the batch.
+    """Samples groups of completions. All rows start together and their prompts end in the same column, so that step t
+    reads and writes the same columns of every row: the same operations on the same addresses. On a GPU it is replayed
+    from a CUDA graph, captured once for each number of rows and columns. Finished rows leave the batch.
 
     Weights are read where they lie: an update in place is seen by the next call. All that a step reads is a tensor
     that keeps its address, as a Python number would be frozen in the graph: a sampling option of yours (top_p ...)
-    is a buffer like self.temperature, made and filled in start()."""
+    is a buffer like self.temperature, made in allocate() and filled in start()."""
 
     def __init__(self, model, eos_ids, graphs=None):
         self.model, self.eos_ids = model, eos_ids
         self.graphs = model.device.type == "cuda" if graphs is None else graphs
         self.blocks = (32, 128) if self.graphs else (1, 1)      # rows and columns of a step are multiples of these
-        self.size, self.captured = (0, 0), {}
+        self.rows = self.columns = 0                            # of the buffers
+        if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
+            fail(f"--model: grpo.py cannot sample from {model.config.model_type}: its cache is more than keys and values")
         model.set_attn_implementation("grpo")
 
     @torch.inference_mode()
@@ -341,8 +328,8 @@ class Sampler:
         assert not self.model.training, "in training mode activation checkpointing silently drops the cache"
         n, width = len(prompts) * group_size, max(map(len, prompts))
         rows = self.start(prompts, noise, group_size, width, max_new_tokens, temperature)
-        for t in trange(max_new_tokens, desc="sampling", unit=" tokens a row", delay=2, leave=False, disable=RANK > 0):
-            if t % (8 if self.graphs else 4) == 0:  # to see which rows have ended is to wait for the GPU
+        for t in trange(max_new_tokens, desc="sampling", unit=" tokens a row", delay=2, leave=False, disable=RANK > 0 or None):
+            if t % (8 if self.graphs else 4) == 0:              # to see which rows have ended is to wait for the GPU
                 rows = self.compact(rows, width + t)
                 if rows == 0 or STOP:
                     break
@@ -351,62 +338,66 @@ class Sampler:
         logps = self.logps[:n, :max_new_tokens].cpu()
         return [x[:k] for x, k in zip(tokens, lengths)], [x[:k].clone() for x, k in zip(logps, lengths)]
 
+    def allocate(self, rows, columns):
+        """Larger buffers; the graphs hold the addresses of the old ones."""
+        self.rows, self.columns, self.captured, self.kv = rows, columns, {}, {}
+        with self.model.device:
+            self.bias = torch.zeros(rows, columns, dtype=self.model.dtype)      # is added to the attention scores
+            self.noise, self.logps = torch.zeros(2, rows, columns)
+            self.tokens = torch.zeros(rows, columns, dtype=torch.long)
+            self.token, self.position, self.row, self.lengths = torch.zeros(4, rows, dtype=torch.long)
+            self.done = torch.zeros(rows, dtype=torch.bool)
+            self.t, self.next_column = torch.zeros(2, 1, dtype=torch.long)
+            self.temperature = torch.zeros(())
+            self.eos = torch.tensor(sorted(self.eos_ids))
+
     def start(self, prompts, noise, group_size, width, max_new_tokens, temperature):
         """Prefill the prompts, left-padded, and fill the buffers -> number of rows of a step."""
-        device, n = self.model.device, len(prompts) * group_size
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # [P, W]
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # [P, W]
-        cache = self.model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                           use_cache=True, logits_to_keep=1).past_key_values
-        layers = getattr(cache, "layers", [None])
-        if any(type(layer) is not DynamicLayer or layer.keys.shape != layers[0].keys.shape for layer in layers):
-            fail(f"--model: grpo.py cannot sample from a {self.model.config.model_type} model, whose cache holds "
-                 "more than the keys and values of like layers")
+        n, device = len(prompts) * group_size, self.model.device
         rows, columns = round_up(n, self.blocks[0]), round_up(width + max_new_tokens, self.blocks[1])
-        if rows > self.size[0] or columns > self.size[1]:  # larger buffers; the graphs hold the old addresses
-            self.captured, self.kv = {}, None
-            self.size = most, columns = max(rows, self.size[0]), max(columns, self.size[1])
-            _, kv_heads, _, D = layers[0].keys.shape
-            self.kv = layers[0].keys.new_zeros(2, len(layers), most, kv_heads, columns, D)
-            self.bias = self.kv.new_zeros(most, columns)        # is added to the attention scores
-            self.noise, self.logps = torch.zeros(2, most, columns, device=device)
-            self.tokens = torch.zeros(most, columns, dtype=torch.long, device=device)
-            self.token, self.position, self.row, self.lengths = torch.zeros(4, most, dtype=torch.long, device=device)
-            self.done = torch.zeros(most, dtype=torch.bool, device=device)
-            self.t, self.column = torch.zeros(2, 1, dtype=torch.long, device=device)
-            self.temperature = torch.zeros((), device=device)
-            self.eos = torch.tensor(sorted(self.eos_ids), device=device)
-        for i, layer in enumerate(layers):  # a prompt's keys and values are copied to its group
-            for buffer, x in zip(self.kv[:, i, :n], (layer.keys, layer.values)):
-                buffer.unflatten(0, (-1, group_size))[..., :width, :] = x[:, None]
+        if rows > self.rows or columns > self.columns:
+            self.allocate(max(rows, self.rows), max(columns, self.columns))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)                # [P, W]
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)    # [P, W]
         self.bias.fill_(torch.finfo(self.bias.dtype).min / 4)   # not -inf: a row of padding alone must not give NaN
         self.bias[:n, :width].masked_fill_(mask.repeat_interleave(group_size, 0).bool(), 0)
+        causal = mask.new_ones(width, width).tril().bool()
+        bias = self.bias[:n:group_size, None, None, :width].where(causal, self.bias.min())              # [P, 1, W, W]
+        self.column = torch.arange(width, device=device)
+        self.forward(self.model.base_model, ids, (mask.cumsum(1) - 1).clamp(min=0), bias)
+        for x in self.kv.values():                              # a prompt's keys and values are copied to its group
+            x[:, :n, :, :width] = x[:, :len(prompts), :, :width].repeat_interleave(group_size, 1)
         self.token[:n] = ids[:, -1].repeat_interleave(group_size)       # the first step computes it once more
         self.position[:n] = mask.sum(1).repeat_interleave(group_size) - 1
-        self.row.copy_(torch.arange(len(self.row)))
+        self.row.copy_(torch.arange(self.rows))
         self.done.fill_(True)[:n] = False                       # rows that only fill up the batch have ended
-        self.column.fill_(width - 1)
-        for zero in (self.lengths, self.t):
-            zero.zero_()
+        self.lengths.zero_()
+        self.t.zero_()
+        self.column = self.next_column.fill_(width - 1)
         self.temperature.fill_(temperature)
         if noise is not None:
             self.noise[:n, :max_new_tokens] = noise
         return rows
 
+    def forward(self, model, ids, position, bias):
+        """The model on ids [n, Q], whose keys and values go to self.column [Q], under bias [n, 1, Q, columns]."""
+        self.shape = len(ids), bias.shape[-1]
+        return model(input_ids=ids, position_ids=position, attention_mask=bias, past_key_values=self, use_cache=True)
+
     def update(self, key, value, layer, *_, **__):
-        """The model's call to its cache: keys, values [rows, kv_heads, 1, D] of a token -> those of all columns."""
-        rows, columns = self.shape
-        keys, values = self.kv[:, layer, :rows]
+        """The model's call to its cache: keys, values [n, kv_heads, Q, D] of new tokens -> those of all columns."""
+        if layer not in self.kv:
+            self.kv[layer] = key.new_zeros(2, self.rows, key.shape[1], self.columns, key.shape[3])
+        keys, values = self.kv[layer][:, :self.shape[0]]
         keys.index_copy_(2, self.column, key)
         values.index_copy_(2, self.column, value)
-        return keys[:, :, :columns], values[:, :, :columns]
+        return keys[:, :, :self.shape[1]], values[:, :, :self.shape[1]]
 
     def step(self, rows, columns, greedy):
         """One token for each of the first `rows` rows, which attend to the first `columns` columns."""
-        self.shape = rows, columns
         self.bias.index_fill_(1, self.column, 0)
-        logits = self.model(input_ids=self.token[:rows, None], position_ids=self.position[:rows, None], use_cache=True,
-                            attention_mask=self.bias[:rows, None, None, :columns], past_key_values=self).logits[:, -1]
+        logits = self.forward(self.model, self.token[:rows, None], self.position[:rows, None],
+                              self.bias[:rows, None, None, :columns]).logits[:, -1]
         row = self.row[:rows]                                   # where a row's noise and tokens stand
         token, logp = pick(logits, self.temperature, None if greedy else self.noise[row, self.t])
         self.tokens[row, self.t], self.logps[row, self.t], self.token[:rows] = token, logp, token
@@ -443,7 +434,8 @@ class Sampler:
             free = (~alive[:size]).nonzero().squeeze(1)[:len(last)]
             for x in (self.token, self.position, self.row, self.done, self.bias):
                 x[free] = x[last]
-            self.kv[:, :, free, :, :columns] = self.kv[:, :, last, :, :columns]
+            for x in self.kv.values():
+                x[:, free, :, :columns] = x[:, last, :, :columns]
         return min(size, rows)
 
 
@@ -492,6 +484,10 @@ def load_lm(name, device, dtype, load_in_4bit=False):
 def load_policy(args, device, dtype):
     """The model to train: whole, in fp32 (in bf16 an update of 5e-7 would round to nothing), or a LoRA adapter in fp32
     on a frozen base -> the model, the transformers model in it, completion_logps of it at the right precision."""
+    if args.load_in_4bit and not args.lora_rank:
+        fail("--load_in_4bit needs --lora_rank: 4-bit weights do not train")
+    if args.fsdp and (WORLD == 1 or args.lora_rank or args.optim != "adamw"):
+        fail("--fsdp shards a whole model, with --optim adamw, over the processes of torchrun")
     if args.lora_rank:
         import peft
         lm = load_lm(args.model, device, dtype, args.load_in_4bit)
@@ -629,7 +625,7 @@ def check_stop():
 
 
 # ----------------------------------------------------------------------------------------- files
-def open_run(args, default):
+def open_run(args, defaults):
     """Take hold of --output_dir -> the state of the newest checkpoint in it that loads, or None for a new run.
 
     Refuses a folder that another process holds, or that holds a run unless --resume is given with the flags of that run
@@ -648,7 +644,7 @@ def open_run(args, default):
         try:
             before = json.loads((out / "args.json").read_text())
             changed = [name for name, value in vars(args).items()
-                       if name not in MAY_CHANGE and before.get(name, default(name)) != value]
+                       if name not in MAY_CHANGE and before.get(name, getattr(defaults, name)) != value]
         except (OSError, ValueError, AttributeError) as err:
             fail(f"--resume: {out}/args.json, the flags of the run, cannot be read ({err})")
         if changed:
@@ -822,9 +818,8 @@ def micro_batches(rollouts, args, device):
 
 
 # ----------------------------------------------------------------------------------------- the loop
-LINE = ("step {step}/{steps}  reward {reward:.3f}  correct {correct:.3f}  format {format:.3f}  "
-        "dead {frac_reward_zero_std:.2f}  length {completion_length:.0f}  cut {truncated:.2f}  entropy {entropy:.3f}  "
-        "kl {kl:.4f}  grad {grad_norm:.2f}  {step_seconds:.1f} s ({sample_seconds:.1f} sampling)  {left} left")
+LINE = ("step {step}/{steps}  reward {reward:.3f}  correct {correct:.3f}  dead {frac_reward_zero_std:.2f}  "
+        "length {completion_length:.0f}  entropy {entropy:.3f}  kl {kl:.4f}  {step_seconds:.1f} s  {left} left")
 
 
 def train(args):
@@ -838,7 +833,7 @@ def train(args):
         data = [row for row in data if low <= row.get("pass_rate", -1) <= high]
         if not data:
             fail("--pass_rate: no row of --data has one in this range; eval.py --samples 8 writes files that have it")
-    state, board = open_run(args, options().get_default), open_board(args)
+    state, board = open_run(args, parse_args(["--model", ""])), open_board(args)
 
     policy, lm, policy_logps = load_policy(args, device, dtype)
     plain = lm  # what is sampled from and saved: the policy itself, or
@@ -932,9 +927,9 @@ def train(args):
                 for p, x in zip(reference.parameters(), home):
                     p.data = x
             policy.train()
-            totals = dict.fromkeys(("loss", "kl", "clip_low", "clip_high", "entropy", "logp_gap", "grad_norm", "skipped"), 0.0)
+            sums = dict.fromkeys(PARTS, 0.0)                    # over the micro-batches of the last inner epoch
             for _ in range(args.inner_epochs if num_tokens else 0):
-                sums = dict.fromkeys(totals, 0.0)
+                sums = dict.fromkeys(PARTS, 0.0)
                 for b in batches:
                     # 5. Log-probabilities under the policy; those of the first pass are the old ones.
                     logp, entropy, _ = policy_logps(b["ids"], b["prompt_lengths"], b["mask"], temperature)
@@ -957,22 +952,21 @@ def train(args):
                 # 7. Clip the gradient and update the weights.
                 sums["grad_norm"] = update(optimizers, factor, args, usable=math.isfinite(sums["loss"]))
                 sums["skipped"] = float(not math.isfinite(sums["loss"] + sums["grad_norm"]))
-                totals = {name: totals[name] + sums[name] / args.inner_epochs for name in totals}
             policy.eval()
             refresh(plain, lm)
 
             # 8. Log, evaluate, save.
             ended = time.perf_counter()
-            done |= {"step": step, "drawn": done["drawn"] + len(drawn), "bad": done["bad"] + 1 if totals["skipped"] else 0}
-            tokens = sum(len(r.completion) for group in drawn for r in group), sum(len(r.completion) for r in rollouts)
-            metrics = {"step": step, **means(first, data), **totals, "groups_drawn": len(drawn),
+            done |= {"step": step, "drawn": done["drawn"] + len(drawn), "bad": done["bad"] + 1 if sums["skipped"] else 0}
+            seconds = {"step": ended - started, "sample": sampled - started, "update": ended - sampled}
+            n_sampled = sum(len(r.completion) for group in drawn for r in group)
+            n_trained = sum(len(r.completion) for r in rollouts) * args.inner_epochs
+            metrics = {"step": step, **means(first, data), **sums, "groups_drawn": len(drawn),
                        "frac_reward_zero_std": fmean(map(is_dead, first)),
-                       "frac_reward_zero_std_after": fmean(map(is_dead, groups)),
-                       "lr": args.lr * factor, "temperature": temperature, "step_seconds": ended - started,
-                       "sample_seconds": sampled - started, "sample_tokens_per_s": tokens[0] / (sampled - started),
-                       "update_seconds": ended - sampled,
-                       "update_tokens_per_s": tokens[1] * args.inner_epochs / (ended - sampled),
-                       "peak_memory_gb": peak_memory_gb()}
+                       "frac_reward_zero_std_after": fmean(map(is_dead, groups)), "lr": args.lr * factor,
+                       "temperature": temperature, **{f"{name}_seconds": x for name, x in seconds.items()},
+                       "sample_tokens_per_s": n_sampled / seconds["sample"],
+                       "update_tokens_per_s": n_trained / seconds["update"], "peak_memory_gb": peak_memory_gb()}
             log(args, board, metrics)
             left = tqdm.format_interval((ended - began) / (step - first_step + 1) * (args.steps - step))
             note(LINE.format_map(metrics | {"steps": args.steps, "left": left}))
