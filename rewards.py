@@ -403,7 +403,7 @@ def parse_weights(texts):
     for text in texts:
         match = re.fullmatch(r"(\w+)=((?:[0-9]{1,20}\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,2})?)", text)
         if not match or match[1] not in weights:
-            raise DataError(f"--weights {text}: must be PART=NUMBER, 0 or more, PART of {', '.join(WEIGHTS)}")
+            raise DataError(f"--weights {text}: must be PART=NUMBER, >= 0, PART one of {', '.join(WEIGHTS)}")
         weights[match[1]] = float(match[2])
     return weights
 
