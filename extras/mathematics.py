@@ -48,8 +48,8 @@ UNITS = {alias: names.split()[0] for names in (
     "yard", "year", "cent", "dollar", "degree", "radian", "unit", "m/s", "%") for alias in names.split()}
 NO_UNIT = re.compile(  # plurals that change a value
     r".*(?:[sui]s|ths|ties|teens|illions)|(?:hal[fv]e|half|third|quarter|dozen|hundred|thousand|pair|time"
-    r"|couple|percent|percentile|negative|square|cube|factorial|root|power|base|log|double|triple|score|opposite"
-    r"|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)s")
+    r"|couple|percent|percentile|negative|square|cube|factorial|root|power|base|log|double|triple|opposite"
+    r"|score|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)s")
 UNIT = re.compile(r"(?:\\text\{ ?(square |cubic )?([a-zA-Z%/]+)\.? ?\}|(?:(?<=[0-9]) |(?<=\}))([a-zA-Z]{2,}))"
                   r"(?:\^\{?([23])\}?)?$")
 NAME = re.compile(r"(?:([a-zA-Z](?:_\w)?(?:\([a-z]\))?|[A-Z]{2,3}|\((?:x,y(?:,z)?|[ap],[bq]|a,b,c|m,n|r,s)\))"
