@@ -3,8 +3,7 @@
 One step of the loop in train(), with the numbers that the code repeats:
 
  1. Draw prompts, in shuffled epochs.
- 2. Sample a group of G completions for each. Token ids are kept end to end, never re-tokenised; the end
-    token is part of the completion and is trained.
+ 2. Sample a group of G completions for each. Token ids are kept end to end, never re-tokenised; end tokens are trained.
  3. Score every completion with rewards.py. A dead group, whose rewards are all equal, carries no gradient:
     fresh prompts replace it, up to --max_resample times (DAPO, arXiv 2503.14476, section 3.2).
  4. Advantage: (reward - mean of its group) / std of its group (GRPO, arXiv 2402.03300, section 4.1.2).
@@ -15,8 +14,8 @@ One step of the loop in train(), with the numbers that the code repeats:
  7. Clip the gradient, update the fp32 weights, refresh the copy of them that the sampler reads.
  8. Log metrics and samples, evaluate on held-out rows, save a checkpoint.
 
-Departures from the paper: the loss is a mean over tokens (--loss grpo is the paper's), beta is small, dead groups
-are replaced, and the old log-probabilities are the policy's own, as the sampler's kernels round differently.
+Departures from the paper: the loss is a mean over tokens (--loss grpo is the paper's), beta is small, dead groups are
+replaced, and the old log-probabilities are the policy's own, as the sampler's kernels round differently.
 
     python grpo.py --model Qwen/Qwen2.5-3B-Instruct                 # Countdown on one GPU with the defaults
     python grpo.py @recipes/tiny/grpo.txt                           # minutes on two CPU cores
@@ -63,9 +62,8 @@ STOP = []                       # the signals that asked this process to stop
 LOGS = ("metrics.jsonl", "samples.jsonl")
 HEAD_LOGITS = 2 ** 26           # logits that exist at a time: 256 MB in fp32
 PARTS = ("loss", "kl", "clip_low", "clip_high", "entropy", "logp_gap", "grad_norm", "skipped")
-BAD_STEPS = 5                   # steps in a row with a non-finite gradient, after which a run stops
-MAY_CHANGE = {"resume", "output_dir", "save_every", "log_to", "micro_batch_size", "sample_batch_size", "merge", "fsdp",
-              "activation_checkpointing", "offload_reference"}  # at --resume, as they do not change what is learned
+MAY_CHANGE = {"resume", "output_dir", "save_every", "log_to", "micro_batch_size", "sample_batch_size", "merge",
+              "fsdp", "activation_checkpointing", "offload_reference"}    # at --resume: none changes what is learned
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -108,10 +106,10 @@ def add_training_flags(parser, **defaults):
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=FLOAT, help="peak learning rate; LoRA takes ten times that of a whole model")
     add("--warmup", type=NATURAL, help="steps of linear warm-up")
-    add("--lr_schedule", choices=["constant", "linear", "cosine"], help="after the warm-up; the latter two end at 0")
+    add("--lr_schedule", choices=["constant", "linear", "cosine"], help="after the warm-up; the others end at 0")
     add("--max_grad_norm", type=FLOAT, default=1.0, help="clip the gradient to this norm; 0: never")
     add("--optim", choices=["adamw", "adamw8bit", "paged_adamw8bit", "muon"], default="adamw",
-        help="8bit: 2 bytes of moments a parameter, not 8; paged: on the CPU when memory is short; muon: for matrices")
+        help="8bit: moments take 2 bytes a parameter, not 8; paged: they may lie on the CPU; muon: for matrices")
     add("--muon_lr", type=FLOAT, help="peak learning rate of the layers' matrices under --optim muon")
     add("--micro_batch_size", type=POSITIVE, default=8, help="rows per forward pass: speed and memory only")
     add = parser.add_argument_group("model and memory").add_argument
@@ -124,7 +122,7 @@ def add_training_flags(parser, **defaults):
         help="of compute (weights train in fp32); auto: bfloat16 on a GPU, float32 on a CPU")
     add("--fsdp", action="store_true", help="shard a whole model over torchrun's processes (FSDP2)")
     add = parser.add_argument_group("files and logs").add_argument
-    add("--output_dir", default=f"runs/{Path(__file__).stem}", help="final model, checkpoints, metrics.jsonl ...")
+    add("--output_dir", default=f"runs/{Path(__file__).stem}", help="final model, checkpoints, logs")
     add("--save_every", type=NATURAL, help="steps between checkpoints; 0: only when stopped")
     add("--log_to", choices=["tensorboard", "wandb"], help="besides metrics.jsonl")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output_dir, if any")
@@ -138,7 +136,7 @@ def parse_args(argv=None):
     add("--model", required=True, help="checkpoint folder or hub id")
     add("--data", nargs="+", default=["countdown"], metavar="SOURCE", help="prompts: TASK[=PATH][:N]")
     add("--pass_rate", nargs=2, type=FLOAT, default=[0.0, 1.0], metavar=("LOW", "HIGH"),
-        help="keep rows whose pass_rate lies in this range; eval.py --samples 8 writes files with that column")
+        help="keep rows whose pass_rate lies within; eval.py --samples 8 writes files with that column")
     add("--style", choices=rewards.STYLES, default="reasoning", help="name of the reasoning tag")
     add("--weights", nargs="+", default=[f"{part}={w}" for part, w in rewards.WEIGHTS.items()],
         metavar="PART=WEIGHT", help="of the parts of the reward; parts that are not named weigh 0")
@@ -151,19 +149,19 @@ def parse_args(argv=None):
     add("--prompts_per_step", type=POSITIVE, default=32, help="groups per step, over all processes")
     add("--group_size", type=at_least(2), default=8, help="completions per prompt")
     add("--max_new_tokens", type=POSITIVE, default=1024, help="length limit of a completion, in tokens")
-    add("--temperature", type=at_least(1e-3, float), default=1.0, help="of sampling and of the trained log-probs")
+    add("--temperature", type=at_least(1e-3, float), default=1.0, help="of sampling and of what is trained")
     add("--temperature_end", type=at_least(1e-3, float), help="anneal linearly to this")
     add("--max_resample", type=NATURAL, default=2, help="rounds of fresh prompts a step for dead groups")
     add("--sample_batch_size", type=POSITIVE, default=512, help="completions sampled at once: memory only")
     add = parser.add_argument_group("loss").add_argument
     add("--steps", type=POSITIVE, default=500, help="number of training steps")
-    add("--loss", choices=["grpo", "dr_grpo", "dapo", "cispo", "gspo"], default="dapo", help="see policy_loss")
-    add("--scale", choices=["group", "batch", "none"], default="group", help="which std normalises advantages")
+    add("--loss", choices=["grpo", "dr_grpo", "dapo", "cispo", "gspo"], default="dapo", help="policy_loss")
+    add("--scale", choices=["group", "batch", "none"], default="group", help="std that normalises advantages")
     add("--clip_low", type=FLOAT, default=0.2, help="the ratio is clipped below 1 - this")
     add("--clip_high", type=FLOAT, default=0.2, help="the ratio is clipped above 1 + this")
     add("--beta", type=FLOAT, default=0.001, help="weight of the KL to the initial model; 0: off")
-    add("--offload_reference", action="store_true", help="keep the reference on the CPU except during its pass")
-    add("--mask_truncated", action="store_true", help="do not train on completions cut off at --max_new_tokens")
+    add("--offload_reference", action="store_true", help="keep it on the CPU except during its forward pass")
+    add("--mask_truncated", action="store_true", help="do not train on completions that were cut off")
     add("--inner_epochs", type=POSITIVE, default=1, help="updates per step on the same rollouts")
     add_training_flags(parser, lr=1e-6, warmup=10, lr_schedule="constant", muon_lr=1e-3, save_every=50)
     return parser.parse_args(argv)
@@ -171,10 +169,10 @@ def parse_args(argv=None):
 
 # ----------------------------------------------------------------------------------------- pure functions
 def advantages(rewards, group_size, scale="group"):
-    """[N] rewards, a group's completions side by side -> [N] advantages: r - mean(group), over a standard deviation.
+    """[N] rewards, a group's completions side by side -> [N] advantages: r - mean(group), over a std.
 
-    scale: `group` (GRPO, arXiv 2402.03300, section 4.1.2), `batch` (one std for all, arXiv 2508.08221), `none`
-    (Dr. GRPO, arXiv 2503.20783). A group of equal rewards gets exactly 0, whatever rounding makes of its mean."""
+    scale: `group` (GRPO, arXiv 2402.03300, section 4.1.2), `batch` (one std for all, 2508.08221), `none` (Dr. GRPO,
+    2503.20783). A group of equal rewards gets exactly 0, whatever rounding makes of its mean."""
     r = rewards.float().view(-1, group_size)                            # [N / G, G]
     centred = r - r.mean(1, keepdim=True)
     if scale == "group":
@@ -196,8 +194,8 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, *, loss="dapo", clip_low=0.
       dapo     mean over all tokens of the step                       arXiv 2503.14476, eq. 8
       cispo    REINFORCE weighted by the capped, detached ratio       arXiv 2506.13585, eq. 4
       gspo     one ratio per sequence, its tokens' geometric mean     arXiv 2507.18071, eqs. 5-7
-    Returns the loss and a dict of its parts, which add up over micro-batches too. The loss has a gradient only where
-    one of its terms does: with advantages and beta of 0 it has none, until you add a term of your own."""
+    Returns the loss and its parts, which add up too. The loss needs a gradient only where a term of it does: none
+    where all advantages and beta are 0, until you add a term of your own to per_token."""
     log_ratio = logp - old_logp                                         # [n, T]
     lengths = mask.sum(1, keepdim=True).clamp(min=1)                    # [n, 1]
     if loss == "gspo":
@@ -221,8 +219,7 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, *, loss="dapo", clip_low=0.
 
 
 def learning_rate(step, steps, warmup, schedule):
-    """The factor on the peak learning rate at step 1, 2, ...: linear warm-up, then a schedule that would reach 0
-    one step after the last."""
+    """The factor on the peak learning rate at step 1, 2, ...; a falling schedule reaches 0 after the last step."""
     if step <= warmup:
         return step / warmup
     progress = (step - 1 - warmup) / max(1, steps - warmup)
@@ -230,21 +227,21 @@ def learning_rate(step, steps, warmup, schedule):
 
 
 def draw_order(n, seed, start, count):
-    """Indices number start, start + 1, ... of an endless order in which each of n rows comes once per epoch."""
+    """Indices start, start + 1, ... of an endless order in which each of n rows comes once per epoch."""
     epochs = range(start // n, (start + count - 1) // n + 1)
     order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs])
     return order[start % n:][:count].tolist()
 
 
 def completion_logps(lm, ids, prompt_lengths, mask, temperature=1.0, chunk=HEAD_LOGITS):
-    """Of the completions in ids, [n, T] each and 0 where mask is: log-probabilities at `temperature`; without gradient,
-    the entropies there; 1 where an id is the likeliest.
+    """Of the completions in ids, [n, T] each and 0 where mask is: log-probabilities at `temperature`; without
+    gradient, entropies, and 1 where an id is the likeliest.
 
-    ids [n, L]: prompt + completion, right-padded (causal attention then needs no mask); prompt_lengths [n]; mask
-    [n, T]. At most `chunk` logits exist at once, of completion positions only; the backward pass computes them again."""
+    ids [n, L]: prompt + completion, right-padded (causal attention needs no mask); prompt_lengths [n]; mask [n, T].
+    At most `chunk` logits exist at once, of completion positions only; the backward pass computes them again."""
     def head(h, targets):
-        logps = (lm.get_output_embeddings()(h).float() / temperature).log_softmax(-1)   # in bf16 ratios are noise
-        frozen = logps.detach()  # entropies of `logps` itself would keep their gradient
+        logps = (lm.get_output_embeddings()(h).float() / temperature).log_softmax(-1)   # [m, V], bf16 is too coarse
+        frozen = logps.detach()                 # entropies of `logps` itself would keep their gradient
         return (logps.gather(1, targets[:, None]).squeeze(1), -(frozen.exp() * frozen).sum(-1),
                 (frozen.argmax(-1) == targets).float())
 
@@ -272,8 +269,8 @@ def uniforms(seed, step, rows, n):
 def pick(logits, temperature, u):
     """logits [n, V], u [n] uniform or None (greedy) -> ids [n], their log-probabilities [n] at `temperature`.
 
-    Inverse CDF: the first id whose cumulated probability exceeds u, which is kept below their sum, so that rounding
-    never picks an id without probability."""
+    Inverse CDF: the first id whose cumulated probability exceeds u. u is kept below their sum: whatever rounding
+    does, an id without probability is never picked."""
     p = (logits.float() / temperature).softmax(-1)
     if u is None:
         ids = logits.argmax(-1, keepdim=True)
@@ -285,8 +282,8 @@ def pick(logits, temperature, u):
 
 
 def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **others):
-    """transformers' sdpa attention, but for one query token a row, [n, heads, 1, D]: the query heads of a key-value
-    head become rows of one product, so that keys and values [n, kv_heads, columns, D] are read once, uncopied."""
+    """transformers' sdpa attention, but for one query a row, [n, heads, 1, D]: the query heads of a key-value head
+    become rows of one product, so that keys and values [n, kv_heads, columns, D] are read once, uncopied."""
     if query.shape[2] > 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
     grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])      # [n, kv_heads, group, D]
@@ -303,13 +300,12 @@ def round_up(n, multiple):
 
 
 class Sampler:
-    """Samples groups of completions. All rows start together and their prompts end in the same column, so that step t
-    reads and writes the same columns of every row: the same operations on the same addresses. On a GPU it is replayed
-    from a CUDA graph, captured once for each number of rows and columns. Finished rows leave the batch.
+    """Samples groups of completions. All rows start together and their prompts end in the same column, so that each
+    step is the same operations on the same addresses, on a GPU replayed from a CUDA graph that is captured once for
+    each number of rows and columns. Finished rows leave the batch. Weights are read where they lie.
 
-    Weights are read where they lie: an update in place is seen by the next call. All that a step reads is a tensor
-    that keeps its address, as a Python number would be frozen in the graph: a sampling option of yours (top_p ...)
-    is a buffer like self.temperature, made in allocate() and filled in start()."""
+    All that a step reads is a tensor that keeps its address, as a Python number would be frozen in the graph: a
+    sampling option of yours (top_p ...) is a buffer like self.temperature, made in allocate(), filled in start()."""
 
     def __init__(self, model, eos_ids, graphs=None):
         self.model, self.eos_ids = model, eos_ids
@@ -322,9 +318,8 @@ class Sampler:
 
     @torch.inference_mode()
     def __call__(self, prompts, noise, group_size, max_new_tokens, temperature):
-        """P prompts (lists of ids) -> P * G completions (lists of ids that end with an end token, unless cut off at
-        max_new_tokens) and their tokens' log-probabilities. noise: [P * G, max_new_tokens] of `uniforms`, or None:
-        greedy. After a signal to stop, completions are cut short."""
+        """P prompts (lists of ids) -> P * G completions (lists of ids with the end token, unless cut off) and their
+        tokens' log-probabilities. noise [P * G, max_new_tokens], None: greedy. A signal to stop cuts all short."""
         assert not self.model.training, "in training mode activation checkpointing silently drops the cache"
         n, width = len(prompts) * group_size, max(map(len, prompts))
         rows = self.start(prompts, noise, group_size, width, max_new_tokens, temperature)
@@ -469,9 +464,7 @@ def load_lm(name, device, dtype, load_in_4bit=False):
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
     try:
         lm, found = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as err:  # a damaged file, a missing package, an unknown model
+    except Exception as err:                    # a damaged file, a missing package, an unknown model, no memory
         fail(f"--model {name}: cannot be loaded ({str(err)[:200]})")
     if found["missing_keys"]:  # transformers puts random numbers in their place
         fail(f"--model {name}: its files lack weights ({', '.join(sorted(found['missing_keys']))[:200]})")
@@ -482,8 +475,8 @@ def load_lm(name, device, dtype, load_in_4bit=False):
 
 
 def load_policy(args, device, dtype):
-    """The model to train: whole, in fp32 (in bf16 an update of 5e-7 would round to nothing), or a LoRA adapter in fp32
-    on a frozen base -> the model, the transformers model in it, completion_logps of it at the right precision."""
+    """The model to train, whole in fp32 (an update of 5e-7 would vanish in bf16) or a LoRA adapter in fp32 on a frozen
+    base -> the model, the transformers model in it, completion_logps of it at the right precision."""
     if args.load_in_4bit and not args.lora_rank:
         fail("--load_in_4bit needs --lora_rank: 4-bit weights do not train")
     if args.fsdp and (WORLD == 1 or args.lora_rank or args.optim != "adamw"):
@@ -527,9 +520,7 @@ def refresh(plain, lm):
             weight = bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state)
         layer, adapted, leaf = name.partition(".base_layer.")
         if adapted and leaf == "weight":
-            lora = lm.get_submodule(layer)
-            delta = lora.lora_B["default"].weight.float() @ lora.lora_A["default"].weight.float()
-            weight = weight.float() + lora.scaling["default"] * delta
+            weight = weight.float() + lm.get_submodule(layer).get_delta_weight("default")
         if hasattr(weight, "full_tensor"):
             weight = weight.full_tensor()
         target[name.replace(".base_layer.", ".")].copy_(weight)
@@ -553,8 +544,8 @@ def make_optimizers(model, args):
 
 
 def update(optimizers, factor, args, usable):
-    """Sum the gradients over all processes, clip them and make one update at `factor` times the peak learning rates
-    -> norm of the gradient before clipping. Where that is not finite, or not `usable`, no weight changes."""
+    """Sum gradients over processes, clip, make one update at `factor` times the peak learning rates -> the gradient's
+    norm before clipping. Where that is not finite, or not `usable`, no weight changes."""
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     for p in parameters:
         if p.grad is None:                                      # another process may have one
@@ -628,8 +619,8 @@ def check_stop():
 def open_run(args, defaults):
     """Take hold of --output_dir -> the state of the newest checkpoint in it that loads, or None for a new run.
 
-    Refuses a folder that another process holds, or that holds a run unless --resume is given with the flags of that run
-    (a flag missing in its args.json had its default). What was written after the checkpoint is removed."""
+    Refuses a folder that another process holds, or that holds a run, unless --resume comes with the flags of that
+    run (a flag missing in its args.json had its default). What was written after the checkpoint goes."""
     out, state = Path(args.output_dir), None
     out.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
@@ -670,8 +661,8 @@ def open_run(args, defaults):
 
 
 def save_checkpoint(out, state, save_model):
-    """OUT/checkpoint-<step>: a model folder, and in trainer.pt all else that a run is. Written under a temporary name
-    and then renamed, so that a kill at any moment leaves the older ones whole; the newest two stay. On rank 0."""
+    """OUT/checkpoint-<step>: a model folder, and in trainer.pt all else that a run is. Written under another name, then
+    renamed, so that a kill at any moment leaves the older ones whole. The newest two stay. On rank 0."""
     out = Path(out)
     folder, tmp = out / f"checkpoint-{state['step']}", out / "tmp-checkpoint"
     try:
@@ -728,10 +719,11 @@ class Rollout:
 
 
 def read_prompts(sources, split, args, tokenizer, context):
-    """Rows of all sources with their "prompt_ids". The default Countdown data are made if they are not there."""
+    """Rows of all sources with their "prompt_ids". Default Countdown data that are not there yet are made."""
     rows, script = [], Path(__file__).with_name("countdown.py")
     for source in sources:
-        if RANK == 0 and source.split(":")[0] == "countdown" and not Path("data/countdown").exists() and script.exists():
+        missing = source.split(":")[0] == "countdown" and not Path("data/countdown").exists()
+        if missing and script.exists() and RANK == 0:
             note("data/countdown is not there yet: making it with countdown.py")
             subprocess.call([sys.executable, script, "--out", "data/countdown"])
         gather(0)                                               # the other ranks wait for it
@@ -739,12 +731,12 @@ def read_prompts(sources, split, args, tokenizer, context):
     ids = prompt_ids(tokenizer, [rewards.messages(row["task"], row, args.style) for row in rows])
     longest = max(map(len, ids), default=0)
     if longest + args.max_new_tokens > context:
-        fail(f"a prompt of {longest} tokens and --max_new_tokens {args.max_new_tokens} exceed the context of {context}")
+        fail(f"a prompt of {longest} tokens and --max_new_tokens exceed the model's context of {context} tokens")
     return [row | {"prompt_ids": x} for row, x in zip(rows, ids)]
 
 
 def sample(sampler, tokenizer, data, indices, noise, args, temperature=1.0):
-    """A group of unscored Rollouts for each data[i] of indices. noise [completions, max_new_tokens], None: greedy, one."""
+    """A group of unscored Rollouts for each data[i] of indices. noise [N, max_new_tokens]; None: greedy, one each."""
     groups, group_size = [], 1 if noise is None else args.group_size
     size = max(1, args.sample_batch_size // group_size)
     for at in range(0, len(indices), size):
@@ -770,8 +762,8 @@ def score(groups, data, args, weights):
 
 
 def exchange(groups):
-    """All processes' groups in the order of their prompts, of which each process had every WORLD-th. Collective. One
-    that was told to stop has cut its completions short, so that then all of them stop here."""
+    """All processes' groups in the order of their prompts, of which each had every WORLD-th. Collective: where one was
+    told to stop, and has cut its completions short, all stop."""
     check_stop()
     shares = gather(groups)
     return [shares[place % WORLD][place // WORLD] for place in range(sum(map(len, shares)))]
@@ -796,9 +788,9 @@ def means(groups, data):
 
 
 def micro_batches(rollouts, args, device):
-    """This process's micro-batches, right-padded: ids [n, L], prompt_lengths and adv [n], mask and sampled_logp [n, T].
+    """This process's micro-batches, right-padded: ids [n, L]; prompt_lengths, adv [n]; mask, sampled_logp [n, T].
 
-    Sorted by length, so that little is padding; the longest first, so that too little memory shows at once; those
+    Sorted by length, so that little is padding, the longest first, so that too little memory shows at once; those
     without an advantage last, as they may need no backward pass. Under FSDP every rank makes as many passes."""
     def pad(rows):
         return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True).to(device)
@@ -847,7 +839,7 @@ def train(args):
         reference = load_lm(args.model, "cpu" if args.offload_reference else device, dtype)
     home = [p.data for p in reference.parameters()]  # where the weights lie except during their pass
     optimizers = make_optimizers(policy, args)
-    done = {"step": 0, "drawn": 0, "evaluated": -1, "bad": 0}   # steps, prompts drawn, last evaluation, bad steps in a row
+    done = {"step": 0, "drawn": 0, "evaluated": -1}             # steps, prompts drawn, step of the last evaluation
     if state:
         set_state_dict(policy, optimizers, model_state_dict=state["weights"], optim_state_dict=state["optimizers"],
                        options=StateDictOptions(full_state_dict=True, strict=False))
@@ -957,7 +949,7 @@ def train(args):
 
             # 8. Log, evaluate, save.
             ended = time.perf_counter()
-            done |= {"step": step, "drawn": done["drawn"] + len(drawn), "bad": done["bad"] + 1 if sums["skipped"] else 0}
+            done |= {"step": step, "drawn": done["drawn"] + len(drawn)}
             seconds = {"step": ended - started, "sample": sampled - started, "update": ended - sampled}
             n_sampled = sum(len(r.completion) for group in drawn for r in group)
             n_trained = sum(len(r.completion) for r in rollouts) * args.inner_epochs
@@ -970,15 +962,13 @@ def train(args):
             log(args, board, metrics)
             left = tqdm.format_interval((ended - began) / (step - first_step + 1) * (args.steps - step))
             note(LINE.format_map(metrics | {"steps": args.steps, "left": left}))
-            if RANK == 0 and (step == 1 or step % 10 == 0 or done["bad"]):
+            if RANK == 0 and (step == 1 or step % 10 == 0 or sums["skipped"]):
                 append(Path(args.output_dir) / "samples.jsonl", [
                     {"step": step, "task": data[r.index]["task"], "prompt": tokenizer.decode(r.prompt),
                      "completion": r.text, "ended": r.ended, "advantage": r.advantage, **r.parts}
                     for group in first[:2] for r in group])
-            if done["bad"]:
-                note(f"warning: the gradient of step {step} is not finite and was not used; see samples.jsonl")
-            if done["bad"] == BAD_STEPS:
-                fail(f"{BAD_STEPS} gradients in a row were not finite: start again with a lower --lr")
+            if sums["skipped"]:
+                note(f"warning: the gradient of step {step} was not finite and not used: see samples.jsonl, lower --lr")
             evaluate()
             if args.save_every and step % args.save_every == 0:
                 save()
