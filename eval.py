@@ -25,13 +25,11 @@ import sys
 from pathlib import Path
 from statistics import fmean, multimode
 
-import jinja2
 import numpy as np
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import rewards
 
@@ -42,54 +40,48 @@ def fail(message):
     raise SystemExit(2)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):
-        if action.default in (None, [], "") or action.nargs == 0:
-            return action.help                                  # without "(default: None)"
-        return super()._get_help_string(action)
+def flag_parser():
+    """argparse that also reads @FILE, flags as in a shell with # comments, and whose errors are one line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    parser.error = fail
+    return parser
 
 
-class Flags(argparse.ArgumentParser):
-    """A parser that also reads @FILE (flags as in a shell, with # comments) and whose errors are one line."""
+def at_least(least, kind=int):
+    """An argparse type: a finite number that is not below `least`."""
+    def number(text):
+        if not least <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+        return kind(text)
+    return number
 
-    def __init__(self):
-        summary, *_, examples = __doc__.split("\n\n")           # of the script's docstring
-        super().__init__(prog=Path(__file__).name, description=summary, formatter_class=HelpFormatter,
-                         epilog=f"@FILE reads flags from a file. Examples:\n\n{examples}",
-                         fromfile_prefix_chars="@")
 
-    def convert_arg_line_to_args(self, line):
-        try:
-            return shlex.split(line, comments=True)
-        except ValueError as err:
-            return fail(f"{line}: {err}")
-
-    def error(self, message):
-        fail(message)
+NATURAL, POSITIVE, FLOAT = at_least(0), at_least(1), at_least(0, float)
 
 
 def parse_args(argv=None):
-    parser = Flags()
+    parser = flag_parser()
     add = parser.add_argument_group("what is evaluated").add_argument
     add("--model", nargs="+", required=True, help="checkpoint folders (also LoRA adapters) or hub ids")
     add("--data", nargs="+", default=["countdown"], metavar="SOURCE", help="problems, each TASK[=PATH][:N]")
     add("--split", choices=["train", "val", "test"], default="test", help="which part of the data")
-    add("--limit", type=int, default=0, help="use at most this many rows of each source; 0: all")
+    add("--limit", type=NATURAL, default=0, help="use at most this many rows of each source; 0: all")
     add("--style", choices=rewards.STYLES, default="reasoning", help="name of the reasoning tag")
     add("--shots", nargs="+", default=[], metavar="SOURCE", help="train rows to show solved: TASK[=PATH]:N")
     add("--weights", nargs="+", default=[f"{part}={w}" for part, w in rewards.WEIGHTS.items()],
         metavar="PART=WEIGHT", help="of the parts of the reward; parts that are not named weigh 0")
     add("--output", default="results/eval.json", metavar="FILE", help="results as JSON; samples go beside it")
     add = parser.add_argument_group("sampling").add_argument
-    add("--samples", type=int, default=1, help="completions per problem (K)")
-    add("--temperature", type=float, default=0.0, help="0: greedy decoding")
-    add("--max_new_tokens", type=int, default=1024, help="length limit of a completion, in tokens")
-    add("--batch_size", type=int, default=128, help="completions sampled at once; for speed and memory")
-    add("--seed", type=int, default=0, help="the noise depends on the seed, the row and the sample only")
+    add("--samples", type=POSITIVE, default=1, help="completions per problem (K)")
+    add("--temperature", type=FLOAT, default=0.0, help="0: greedy decoding")
+    add("--max_new_tokens", type=POSITIVE, default=1024, help="length limit of a completion, in tokens")
+    add("--batch_size", type=POSITIVE, default=128, help="completions sampled at once; for speed and memory")
+    add("--forbid_after", nargs="+", default=[], metavar="TOKEN",
+        help="A B ...: no B right after an A; ' no' '</reasoning>' keeps a model from giving up after a miss")
+    add("--seed", type=NATURAL, default=0, help="the noise depends on the seed, the row and the sample only")
     args = parser.parse_args(argv)
-    for name, low in dict(samples=1, max_new_tokens=1, batch_size=1, limit=0, seed=0, temperature=0).items():
-        if not low <= getattr(args, name) < math.inf:
-            fail(f"--{name} {getattr(args, name)}: must be at least {low}")
     if args.samples > 1 and args.temperature == 0:
         fail(f"--samples {args.samples}: greedy completions are all the same; pass --temperature 1")
     if not args.output.endswith(".json") or Path(args.output).is_dir():
@@ -112,68 +104,63 @@ def read_problems(args):
 
 def base_of(name):
     """The model that the adapter in folder `name` adapts; for any other model `name` itself."""
-    config = Path(name) / "adapter_config.json"
-    if not config.exists():
-        return name
     try:
-        return json.loads(config.read_text())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError):
+        return json.loads(Path(name, "adapter_config.json").read_text())["base_model_name_or_path"]
+    except OSError:                                             # there is no such file
+        return name
+    except (ValueError, KeyError):
         return fail(f"--model {name}: its adapter_config.json names no base model")
 
 
 def load_tokenizer(name):
-    """-> tokenizer, ids that end a completion (a model may have several), length of the model's context in tokens."""
-    base = base_of(name)
-    own = name if (Path(name) / "tokenizer_config.json").exists() else base
+    """-> tokenizer, the model's context in tokens."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(own)
-        config = AutoConfig.from_pretrained(base).get_text_config()
-    except Exception as err:                                    # of a dozen types
-        fail(f"--model {name}: {base} is neither a folder with a model nor a hub id that can be reached "
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name).get_text_config()
+    except Exception as err:  # of a dozen types, for what is one thing to the user
+        fail(f"--model {name}: not a folder with a model, nor a hub id that can be reached "
              f"({str(err)[:200]})")
     if not tokenizer.chat_template:
-        fail(f"--model {name}: its tokenizer has no chat template; put one into its folder as chat_template.jinja")
-    try:
-        ends = GenerationConfig.from_pretrained(base).eos_token_id
-    except OSError:                                             # the model has no such file
-        ends = config.eos_token_id
-    eos_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    if not eos_ids:
-        fail(f"--model {name}: neither its tokenizer nor its generation config names an end token")
-    return tokenizer, eos_ids, getattr(config, "max_position_embeddings", math.inf)
+        fail(f"--model {name}: its tokenizer has no chat template; "
+             "add chat_template.jinja to the model's folder")
+    return tokenizer, getattr(config, "max_position_embeddings", math.inf)
 
 
 def prompt_ids(tokenizer, chats):
-    """The ids of each chat (a list of turns), up to where the assistant's next turn begins."""
+    """The ids of each chat, a list of turns, up to where the assistant's next turn begins."""
     try:
-        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-    except jinja2.TemplateError as err:
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+                 for chat in chats]
+    except Exception as err:  # whatever a template raises, or does not compile
         fail(f"--model {tokenizer.name_or_path}: its chat template does not take the prompt ({err})")
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
-def load_model(name, device, dtype):
-    """The causal language model `name` in eval mode; an adapter is merged into its base."""
-    base = base_of(name)
+def load_lm(name, device, dtype, load_in_4bit=False):
+    """The causal language model `name` in eval mode, in `dtype` or in nf4."""
+    options = {"dtype": dtype, "output_loading_info": True}
+    if load_in_4bit:
+        options |= {"device_map": {"": device}, "quantization_config": transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype)}
     try:
-        lm, found = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, output_loading_info=True)
-        if base != name:
-            import peft
-            lm = peft.PeftModel.from_pretrained(lm, name).merge_and_unload()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as err:                                    # a damaged file, a missing package
+        lm, found = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
+    except Exception as err:                    # a damaged file, a missing package, an unknown model, no memory
         fail(f"--model {name}: cannot be loaded ({str(err)[:200]})")
-    if found["missing_keys"]:                                   # which would be random numbers
+    if found["missing_keys"]:  # transformers puts random numbers in their place
         fail(f"--model {name}: its files lack weights ({', '.join(sorted(found['missing_keys']))[:200]})")
+    for module in lm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):       # repacks 4-bit weights
+            module.support_avx512bf16_for_cpu = False
     return lm.to(device).eval()
 
 
 # ---------------------------------------------------------------------------------------- 2. sampling
 @torch.inference_mode()
-def complete(lm, prompts, eos_ids, args, noise=None):
-    """P prompts (lists of ids) -> P * K completions, lists of ids that end with an end token unless cut off.
-    noise: array [P * K, max_new_tokens] in [0, 1), or None for greedy decoding."""
+def complete(lm, prompts, ends, args, noise=None, forbidden=()):
+    """P prompts (lists of ids) -> P * K completions, lists of ids that end with one of `ends` unless cut off.
+    noise: array [P * K, max_new_tokens] in [0, 1), or None for greedy decoding.
+    forbidden: (a, b, ...), no id b right after an id a."""
     tensors = [torch.tensor(prompt, device=lm.device) for prompt in prompts]
     ids = pad_sequence(tensors, batch_first=True, padding_value=-1, padding_side="left")         # [P, W]
     mask = (ids >= 0).long()
@@ -183,7 +170,7 @@ def complete(lm, prompts, eos_ids, args, noise=None):
     cache.batch_repeat_interleave(args.samples)                 # a prompt is prefilled once
     logits, mask, position = (x.repeat_interleave(args.samples, 0) for x in state)
     completions = [[] for _ in mask]
-    ends = torch.tensor(list(eos_ids), device=lm.device)
+    stop = torch.tensor(list(ends), device=lm.device)
     rows = torch.arange(len(mask))                              # those that have not ended
     for t in range(args.max_new_tokens):
         if noise is None:
@@ -194,7 +181,7 @@ def complete(lm, prompts, eos_ids, args, noise=None):
             token = torch.searchsorted(cumulated, u, right=True).squeeze(1)
         for row, token_id in zip(rows.tolist(), token.tolist()):
             completions[row].append(token_id)
-        going = (~torch.isin(token, ends)).nonzero().squeeze(1)
+        going = (~torch.isin(token, stop)).nonzero().squeeze(1)
         if t + 1 == args.max_new_tokens or len(going) == 0:
             break
         if len(going) < len(rows):                              # finished rows leave the batch
@@ -203,12 +190,19 @@ def complete(lm, prompts, eos_ids, args, noise=None):
         mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), position + 1
         logits = lm(token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache,
                     use_cache=True).logits                      # [n, 1, V]
+        if forbidden:
+            logits[(token == forbidden[0]).nonzero(), 0, forbidden[1:]] = -math.inf
     return completions
 
 
 def evaluate_model(name, lm, checkpoint, rows, args, file):
     """Sample and score all rows -> a record per completion, written to `file` as soon as it is scored."""
-    tokenizer, eos_ids, prompts = checkpoint
+    tokenizer, prompts, forbidden = checkpoint
+    ends = lm.generation_config.eos_token_id                    # one id, a list of several, or None
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    for module in lm.modules():
+        if hasattr(module, "lora_A"):                           # of an adapter
+            module.merge()
     order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))      # the first needs most memory
     size, records, noise = max(1, args.batch_size // args.samples), [], None
     for batch in tqdm([order[at:at + size] for at in range(0, len(order), size)], name, unit=" batches"):
@@ -216,7 +210,7 @@ def evaluate_model(name, lm, checkpoint, rows, args, file):
         if args.temperature:                                    # noise that does not depend on the batch
             streams = [np.random.default_rng([args.seed, i, k]) for i, k in places]
             noise = np.stack([stream.random(args.max_new_tokens, np.float32) for stream in streams])
-        ids = complete(lm, [prompts[i] for i in batch], eos_ids, args, noise)
+        ids = complete(lm, [prompts[i] for i in batch], ends, args, noise, forbidden)
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         tasks, lengths = [rows[i]["task"] for i, _ in places], [len(completion) for completion in ids]
         some = [rows[i] for i, _ in places]
@@ -226,7 +220,7 @@ def evaluate_model(name, lm, checkpoint, rows, args, file):
             record = {"model": name, "task": task, "row": i, "sample": k, "completion": text,
                       "prompt": rewards.messages(task, rows[i], args.style)[-1]["content"],
                       "answer": rewards.answer(text, args.style), **parts, "correct_flexible": flexible,
-                      "n_tokens": len(completion), "truncated": completion[-1] not in eos_ids}
+                      "n_tokens": len(completion), "truncated": completion[-1] not in ends}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             records.append(record)
     return records
@@ -347,17 +341,20 @@ def run(args, kept):
     rows, chats = read_problems(args)                                                                      # 1
     checkpoints, results, rates, stem = {}, [], {}, args.output.removesuffix(".json")
     for name in args.model:
-        tokenizer, eos_ids, context = load_tokenizer(name)
+        tokenizer, context = load_tokenizer(base_of(name))
         prompts = prompt_ids(tokenizer, chats)
         longest = max(map(len, prompts))
         if longest + args.max_new_tokens > context:
             fail(f"--max_new_tokens {args.max_new_tokens}: {name} reads {context}, a prompt has {longest}")
-        checkpoints[name] = tokenizer, eos_ids, prompts
+        forbidden = [tokenizer.encode(text, add_special_tokens=False) for text in args.forbid_after]
+        if any(len(ids) != 1 for ids in forbidden):
+            fail(f"--forbid_after: {[len(ids) for ids in forbidden]} tokens for {name}; each must be one")
+        checkpoints[name] = tokenizer, prompts, [ids[0] for ids in forbidden]
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with open(kept, "w", buffering=1, encoding="utf-8") as file:
         for name, checkpoint in checkpoints.items():
-            records = evaluate_model(name, load_model(name, device, dtype), checkpoint, rows, args, file)
+            records = evaluate_model(name, load_lm(name, device, dtype), checkpoint, rows, args, file)
             for task in dict.fromkeys(row["task"] for row in rows):                                        # 4
                 of_task = [record for record in records if record["task"] == task]
                 first = rates.get((args.model[0], task))
