@@ -22,10 +22,9 @@ SIGNS = str.maketrans({
     "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "±": r"\pm ", "∪": r"\cup ", "√": r"\sqrt ", "~": " "})
 COMMANDS = {old: new for new, names in (
     (r"\frac", "dfrac tfrac cfrac"), (r"\binom", "dbinom tbinom"), (r"\cdot ", "times"), ("/", "div"),
-    (r"\le ", "leq leqslant"), (r"\ge ", "geq geqslant"), (r"\ne ", "neq"), ("%", "%"),
+    (r"\le ", "leq leqslant"), (r"\ge ", "geq geqslant"), (r"\ne ", "neq"), ("%", "%"), ("|", "lvert rvert"),
     (r"\emptyset ", "varnothing"), (r"\text", "mbox textbf textrm mathrm"), ("...", "ldots dots cdots"),
-    ("|", "lvert rvert"), (r"^\circ ", "degree"), (" ", "left right displaystyle , ; : ( ) [ ]"),
-) for old in names.split()}
+    (r"^\circ ", "degree"), (" ", "left right displaystyle , ; : ( ) [ ]")) for old in names.split()}
 REWRITES = [(re.compile(pattern, re.S), new) for pattern, new in (
     (r"\\!\s*", ""), (r"\{,\}|(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))", ","),
     (r"\\q?quad(?![a-z])|(?<=[^\s{=,&\\])(?<!matrix\})[ \t]*\n(?!\s*(?:[}=,&]|\\end|$))", ", "),
@@ -55,6 +54,7 @@ UNIT = re.compile(r"(?:\\text\{ ?(square |cubic )?([a-zA-Z%/]+)\.? ?\}|(?:(?<=[0
 NAME = re.compile(r"(?:([a-zA-Z](?:_\w)?(?:\([a-z]\))?|[A-Z]{2,3}|\((?:x,y(?:,z)?|[ap],[bq]|a,b,c|m,n|r,s)\))"
                   r"(?:=|\\in(?![a-z])|∈))?(.*)", re.S)
 FUNCTION = r"\\(?:(?:arc)?(?:sin|cos|tan|cot)|sec|csc|ln|log(?:_\{[0-9a-z]+\})?)(?![a-z])"
+NUMBER = r"([-+]?)\(?(?:\\frac\{)?([0-9]+)(?:\}\{([1-9][0-9]*)\})?\)?"
 READABLE = re.compile(
     rf"(?:[-+*/^(){{}}=<>!| \n0-9,\[\]&]|[a-zA-Z](?:_[0-9a-z]|_\{{[0-9a-z]+\}})?|{FUNCTION}|\\[{{}}\\]"
     r"|\\sqrt\[[0-9a-z]\]|\\(?:begin|end)\{pmatrix\}|\\(?:frac|sqrt|cdot|le|ge|ne|infty|cup|pm|binom|pi|alpha"
@@ -139,9 +139,9 @@ def asked(gold, said):
     """What math-verify says of two tidy values that it reads as a person does, else False."""
     if spelled(gold) == spelled(said):
         return True
-    if re.fullmatch("[-+]?[0-9]+", gold) and re.fullmatch("[-+]?[0-9]+", said):
-        return int(gold) == int(said)
     pair = exact(gold) + "\n" + exact(said)
+    if two := re.fullmatch(rf"{NUMBER}\n{NUMBER}", pair):
+        return int(two[1] + two[2]) * int(two[6] or 1) == int(two[4] + two[5]) * int(two[3] or 1)
     brackets = {str(sorted(re.findall(r"[][]", text))) for text in (gold, said) if "," in text}
     if len(brackets) > 1 or len(pair) > LONGEST or not READABLE.fullmatch(pair) or UNCLEAR.search(pair):
         return False
