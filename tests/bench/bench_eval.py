@@ -1,11 +1,11 @@
-"""How fast eval.py answers problems with solved examples before them: prompts, prefilled and sampled tokens a second, against the
-bare sampler on the same prompts (eval.py should be no slower than the sampler allows) and against the physical limit.
+"""How fast eval.py answers problems with solved examples before them: prompts, prefilled and sampled tokens a second, against
+its sampling loop alone on the same prompts and against the physical limit.
 
 A model of the true shape with random weights; made-up prompts as long as GSM8K's with eight solved problems before each, which
-are the same in all of them; so many ids end a completion that it comes about at random, after --mean_length tokens in the mean.
-Each round runs, one after the other,
-- eval.py: eval.evaluate as it is, with its own sampler made anew, noise, decoding, scoring, and records to a file;
-- sampler: one Sampler that stays, on the same batches, noise ready;
+are the same in all of them; so many ids end a completion that it ends at random, after --mean_length tokens on average. Each
+round runs, one after the other,
+- eval.py: eval.evaluate_model, with noise, decoding, scoring, and records to a file;
+- loop: eval.complete on the same batches, noise ready;
 - prefill: the same for one token.
 
 The limit is the larger of two times for each phase, given --batch_size. Prefill: FLOPs of all prompts' tokens at the matrix rate
@@ -20,11 +20,13 @@ import contextlib
 import os
 import random
 import statistics
-import types
 
 import shapes
 
+import numpy as np
+
 import eval as ev
+import rewards
 import sft
 
 p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -47,27 +49,28 @@ config = lm.config
 ids = range(config.vocab_size)
 shots = rng.choices(ids, k=a.shots_length)
 prompts = [shots + rng.choices(ids, k=rng.randint(*a.own_length)) for _ in range(a.prompts)]
-checkpoint = types.SimpleNamespace(name=a.shape, tokenizer=sft.tiny_tokenizer(), prompts=prompts, forbid=[],
-                                   eos_ids=set(rng.sample(ids, round(config.vocab_size / a.mean_length))))
+tokenizer = sft.tiny_tokenizer()
+lm.generation_config.eos_token_id = rng.sample(ids, round(config.vocab_size / a.mean_length))
+ends = {tokenizer.eos_token_id, *lm.generation_config.eos_token_id}
 rows = [{"task": "gsm8k", "question": f"What is {i} more than 1?", "answer": f"#### {i + 1}"} for i in range(a.prompts)]
-args = ev.parse(["--model", a.shape, "--max_new_tokens", str(a.max_new_tokens), "--batch_size", str(a.batch_size), "--temperature", "1"])
-order = sorted(range(a.prompts), key=lambda i: (-len(prompts[i]), i))                          # as eval.evaluate has it
+args = ev.parse_args(["--model", a.shape, "--max_new_tokens", str(a.max_new_tokens), "--batch_size", str(a.batch_size),
+                      "--temperature", "1"])
+args.weights = rewards.WEIGHTS
+order = sorted(range(a.prompts), key=lambda i: -len(prompts[i]))                               # as eval.evaluate_model
 batches = [order[at:at + a.batch_size] for at in range(0, a.prompts, a.batch_size)]
-noise = [ev.uniforms(args.seed, 0, batch, a.max_new_tokens) for batch in batches]
-kept = ev.Sampler(lm)
+noise = [np.stack([np.random.default_rng([args.seed, i, 0]).random(a.max_new_tokens, np.float32) for i in batch]) for batch in batches]
 
 
 def evaluated():
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        records = ev.evaluate(lm, checkpoint, rows, args, nowhere)
+        records = ev.evaluate_model(a.shape, lm, (tokenizer, prompts, []), rows, args, nowhere)
     return {record["row"]: record["n_tokens"] for record in records}
 
 
 def sampled(max_new_tokens=a.max_new_tokens):
-    lengths = {}
+    lengths, options = {}, argparse.Namespace(samples=1, max_new_tokens=max_new_tokens, temperature=1.0)
     for batch, u in zip(batches, noise):
-        found, _ = kept([prompts[i] for i in batch], u[:, :max_new_tokens], max_new_tokens=max_new_tokens, temperature=1.0,
-                        eos_ids=checkpoint.eos_ids)
+        found = ev.complete(lm, [prompts[i] for i in batch], ends, options, u)
         lengths |= zip(batch, map(len, found))
     return lengths
 
@@ -88,7 +91,7 @@ def limit(lengths):
 print(shapes.machine(device, bandwidth, rate))
 print(f"{a.shape}, {str(dtype)[6:]}: {a.prompts} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, "
       f"{a.shots_length} of them the same in all; --batch_size {a.batch_size}; {a.rounds} alternating rounds", flush=True)
-took, runs = {"eval.py": [], "sampler": [], "prefill": []}, {"eval.py": evaluated, "sampler": sampled, "prefill": lambda: sampled(1)}
+took, runs = {"eval.py": [], "loop": [], "prefill": []}, {"eval.py": evaluated, "loop": sampled, "prefill": lambda: sampled(1)}
 for done in range(a.rounds + 1):
     lengths = {}
     for name, run in runs.items():
@@ -96,16 +99,16 @@ for done in range(a.rounds + 1):
         if done:
             took[name].append(seconds)
         else:
-            print(f"{name:8} first time {seconds:.1f} s" + f"; {kept.why_plain}" * bool(kept.why_plain), flush=True)
-    assert a.shape != "tiny" or lengths["eval.py"] == lengths["sampler"]                       # in bf16 batches of other sizes may differ
+            print(f"{name:8} first time {seconds:.1f} s", flush=True)
+    assert a.shape != "tiny" or lengths["eval.py"] == lengths["loop"]                       # in bf16 batches of other sizes may differ
 took = {name: statistics.median(seconds) for name, seconds in took.items()}
 prefilled, new, least = sum(map(len, prompts)), sum(lengths["eval.py"].values()), limit(lengths["eval.py"])
-for name in ("eval.py", "sampler"):
+for name in ("eval.py", "loop"):
     print(f"{name:8} {took[name]:6.1f} s: {a.prompts / took[name]:,.2f} prompts/s, {new / took[name]:,.0f} sampled tokens/s, "
           f"{prefilled / took[name]:,.0f} prefilled tokens/s, {sum(least) / took[name]:.1%} of the limit")
-decode = took["sampler"] - took["prefill"]
+decode = took["loop"] - took["prefill"]
 print(f"of which prefill {took['prefill']:.1f} s: {prefilled / took['prefill']:,.0f} tokens/s, {least[0] / took['prefill']:.1%} of "
       f"the limit; decoding {decode:.1f} s: {new / decode:,.0f} tokens/s, {least[1] / decode:.1%} of the limit")
 cut = sum(n == a.max_new_tokens for n in lengths["eval.py"].values()) / a.prompts
 print(f"mean completion {new / a.prompts:.0f} tokens, {cut:.0%} at the limit of {a.max_new_tokens}; eval.py has "
-      f"{took['sampler'] / took['eval.py']:.2f} of the sampler's speed")
+      f"{took['sampler'] / took['eval.py']:.2f} of its loop's speed")
