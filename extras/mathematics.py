@@ -142,7 +142,8 @@ def asked(gold, said):
     pair = exact(gold) + "\n" + exact(said)
     if two := re.fullmatch(rf"{NUMBER}\n{NUMBER}", pair):
         return int(two[1] + two[2]) * int(two[6] or 1) == int(two[4] + two[5]) * int(two[3] or 1)
-    brackets = {str(sorted(re.findall(r"[][]", text))) for text in (gold, said) if "," in text}
+    values = [text for text in (gold, said) if not re.search(r"[<>]|\\[lgn]e", text)]
+    brackets = {"," in text and str(sorted(re.findall(r"[][]", text))) for text in values}  # [5,2] or (5,2)
     if len(brackets) > 1 or len(pair) > LONGEST or not READABLE.fullmatch(pair) or UNCLEAR.search(pair):
         return False
     try:
@@ -182,9 +183,8 @@ def compared(gold, said):
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     from math_verify import verify
     from sympy import Expr, FiniteSet, I, Rational, Rel, Symbol, Tuple, simplify
-    config = ConversionConfig(lowercase_symbols=False)  # r is not R
-    a, b = (latex2sympy(text, None, True, False, None, config) for text in (gold, said))
-    a, b = (read.subs(Symbol("i", real=True), I) for read in (a, b))
+    config, i = ConversionConfig(lowercase_symbols=False), Symbol("i", real=True)
+    a, b = (latex2sympy(text, None, True, False, None, config).subs(i, I) for text in (gold, said))
     if isinstance(a, Rel) and isinstance(b, Rel):  # one is the other, times a number
         ratios = [(a.lhs - a.rhs) / (c.lhs - c.rhs) for c in (b, b.reversed) if c.rel_op == a.rel_op]
         return any(ratio.is_number and ratio.is_positive for ratio in map(simplify, ratios))
