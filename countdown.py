@@ -105,6 +105,7 @@ class Flags(argparse.ArgumentParser):
 # node[SUM] is its text as a term, node[PRODUCT] as a factor; ups are added or above the line, downs not.
 Node = namedtuple("Node", "text factor kind ups downs")
 SUM, PRODUCT, NUMBER = 0, 1, 2
+LONGEST = [lambda part: (len(part.text), part.text), lambda part: (len(part.factor), part.factor)]
 
 
 @lru_cache(None)
@@ -145,8 +146,7 @@ def partners(t, a):
 
 def flat(kind, ups, downs):
     """The sum or product of these nodes, the longest first."""
-    order = {"key": lambda part: (len(part[kind]), part[kind]), "reverse": True}
-    ups, downs = sorted(ups, **order), sorted(downs, **order)
+    ups, downs = sorted(ups, key=LONGEST[kind], reverse=True), sorted(downs, key=LONGEST[kind], reverse=True)
     text = "+*"[kind].join([up[kind] for up in ups]) + "".join(["-/"[kind] + down[kind] for down in downs])
     return Node(text, f"({text})" if kind == SUM else text, kind, ups, downs)
 
