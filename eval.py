@@ -145,7 +145,7 @@ def load_lm(name, device, dtype, load_in_4bit=False):
             bnb_4bit_compute_dtype=dtype)}
     try:
         lm, found = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
-    except Exception as err:                    # a damaged file, a missing package, an unknown model, no memory
+    except Exception as err:              # a damaged file, a missing package, an unknown model, no memory
         fail(f"--model {name}: cannot be loaded ({str(err)[:200]})")
     if found["missing_keys"]:  # transformers puts random numbers in their place
         fail(f"--model {name}: its files lack weights ({', '.join(sorted(found['missing_keys']))[:200]})")
