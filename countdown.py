@@ -1,6 +1,6 @@
 """Make Countdown problems (reach a target from given numbers with + - * /, each used once), as JSONL.
 
-The solver (steps 1 to 3: `solve`, `solutions`) is exact and uses fractions; steps 4 to 8 make the data.
+The solver (steps 1 to 3: `solve`, `solutions`) is exact, with fractions; steps 4 to 8 make the data.
  1. A subset of the numbers is a bit mask. Bottom-up, tabulate the values that each small subset reaches. None
     is negative: wherever a - b is below 0, b - a serves, with the sign moved outwards.
  2. Search top-down and meet the tables in the middle: split the numbers in two; each value a of the smaller
@@ -13,9 +13,13 @@ The solver (steps 1 to 3: `solve`, `solutions`) is exact and uses fractions; ste
  6. The search of a problem is the number of expressions tried per hit, all / hitting: easy up to 10, medium
     up to 30, else hard. Outside --min_search and --max_search, or if it needs fractions, it is left out.
  7. Pick a target uniformly. Once no fresh multiset is left, each gives further targets.
- 8. The teacher writes lines of running results until one hits: "5+3=8 8*2=16 no", "5*2=10 10+3=13 ok".
+ 8. The teacher writes lines of running results, each with its verdict, until one hits:
+        5+3=8 8*2=16 no
+        5*2=10 10+3=13 ok
     With probability --aim a line is drawn among those that hit, else at random. After a miss it stops with
     probability --give_up, or at --max_lines, and answers with its last line. RL has persistence to teach.
+
+Rows have nums, target, solution, difficulty, trace, trace_answer; sft.jsonl has --traces rows per train problem.
 
     python countdown.py                                   # problems for Qwen2.5-3B, into data/countdown
     python countdown.py @recipes/tiny/countdown.txt       # three small numbers, for a tiny model
@@ -27,7 +31,7 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections import namedtuple
+from collections import Counter, namedtuple
 from functools import lru_cache
 from itertools import combinations_with_replacement, cycle, product
 from math import ceil, comb, gcd
@@ -39,66 +43,56 @@ CLASSES = {"easy": 10, "medium": 30, "hard": float("inf")}  # name -> the larges
 LIMIT = 9_999           # the largest number of the player of step 5
 
 
-def parse_args(argv=None):
-    p = Flags()
-    add = p.add_argument
-    add("--out", default="data/countdown", help="folder whose train, val, test and sft.jsonl are replaced")
-    add("--train", type=int, default=20_000, help="problems in train.jsonl")
-    add("--val", type=int, default=0, help="problems in val.jsonl; 0: no such file")
-    add("--test", type=int, default=1_000, help="problems in test.jsonl")
-    add("--traces", type=int, default=1, help="rows of sft.jsonl per train problem; 0: no such file")
-    add("--numbers", type=int, nargs="+", choices=range(2, 7), default=[3, 4], help="how many are given")
-    add("--max_number", type=int, default=99, help="given numbers are 1 to this")
-    add("--max_target", type=int, default=99, help="targets are 1 to this")
-    add("--min_search", type=float, default=2, help="leave out problems with fewer expressions per hit")
-    add("--max_search", type=float, default=10_000, help="and those with more; to 10 is easy, to 30 medium")
-    add("--max_lines", type=int, default=5, help="maximum number of lines in a trace")
-    add("--give_up", type=float, default=0.3, help="probability that the teacher stops after a miss")
-    add("--aim", type=float, default=0.0, help="probability that a line is one that hits")
-    add("--max_value", type=int, default=99, help="largest result in a trace, if no given number is larger")
-    add("--seed", type=int, default=0, help="random seed; same seed and flags, same bytes")
-    args = p.parse_args(argv)
-    bounds = {"test": (1, 2**32), "max_number": (1, LIMIT), "max_target": (1, LIMIT), "max_lines": (1, LIMIT),
-              "give_up": (0, 1), "aim": (0, 1)}
-    for name, value in vars(args).items():
-        low, high = bounds.get(name, (0, 2**32))
-        if isinstance(value, (int, float)) and not low <= value <= high:    # nan is out of bounds too
-            fail(f"--{name} {value}: must be from {low:,} to {high:,}")
-    if Path(args.out).is_file():
-        fail(f"--out {args.out}: is a file, not a folder")
-    return args
-
-
 def fail(message):
     """Print one line on stderr and exit with code 2: what a wrong flag, file or model gets."""
     print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):
-        if action.default in (None, [], "") or action.nargs == 0:
-            return action.help                                  # without "(default: None)"
-        return super()._get_help_string(action)
+def flag_parser():
+    """argparse that also reads @FILE, flags as in a shell with # comments, and whose errors are one line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    parser.error = fail
+    return parser
 
 
-class Flags(argparse.ArgumentParser):
-    """A parser that also reads @FILE (flags as in a shell, with # comments) and whose errors are one line."""
-
-    def __init__(self):
-        summary, *_, examples = __doc__.split("\n\n")           # of the script's docstring
-        super().__init__(prog=Path(__file__).name, description=summary, formatter_class=HelpFormatter,
-                         epilog=f"@FILE reads flags from a file. Examples:\n\n{examples}",
-                         fromfile_prefix_chars="@")
-
-    def convert_arg_line_to_args(self, line):
-        try:
-            return shlex.split(line, comments=True)
-        except ValueError as err:
-            return fail(f"{line}: {err}")
-
-    def error(self, message):
-        fail(message)
+def parse_args(argv=None):
+    parser = flag_parser()
+    add = parser.add_argument_group("files").add_argument
+    add("--out", default="data/countdown", help="folder whose train, val, test and sft.jsonl are replaced")
+    add("--train", type=int, default=20_000, help="problems in train.jsonl")
+    add("--val", type=int, default=0, help="problems in val.jsonl; 0: no such file")
+    add("--test", type=int, default=1_000, help="problems in test.jsonl")
+    add("--traces", type=int, default=1, help="rows of sft.jsonl per train problem; 0: no such file")
+    add("--seed", type=int, default=0, help="random seed; same seed and flags, same bytes")
+    add = parser.add_argument_group("problems").add_argument
+    add("--numbers", type=int, nargs="+", choices=range(2, 7), default=[3, 4], help="numbers per problem, in equal shares")
+    add("--max_number", type=int, default=99, help="given numbers are 1 to this")
+    add("--max_target", type=int, default=99, help="targets are 1 to this")
+    add("--min_search", type=float, default=2, help="leave out problems with fewer expressions per hit")
+    add("--max_search", type=float, default=10_000, help="and those with more; to 10 is easy, to 30 medium")
+    add = parser.add_argument_group("teacher").add_argument
+    add("--max_lines", type=int, default=5, help="maximum number of lines in a trace")
+    add("--give_up", type=float, default=0.3, help="probability that the teacher stops after a miss")
+    add("--aim", type=float, default=0.0, help="probability that a line is one that hits")
+    add("--max_value", type=int, default=99, help="largest result in a trace, if no given number is larger")
+    try:
+        args = parser.parse_args(argv)
+    except ValueError as err:                               # a quote left open, bytes that are not text
+        fail(f"a flag file cannot be read: {err}")
+    bounds = {"max_number": (1, LIMIT), "max_target": (1, LIMIT), "max_lines": (1, LIMIT), "give_up": (0, 1),
+              "aim": (0, 1)}
+    for name, value in vars(args).items():
+        low, high = bounds.get(name, (0, 2**32))
+        if isinstance(value, (int, float)) and not low <= value <= high:    # nan is out of bounds too
+            fail(f"--{name} {value}: must be from {low:,} to {high:,}")
+    if not args.train + args.val + args.test:
+        fail("--train, --val and --test are all 0: nothing to make")
+    if Path(args.out).is_file():
+        fail(f"--out {args.out}: is a file, not a folder")
+    return args
 
 
 # ---- Solver. A value is a pair (numerator, denominator), reduced and never negative.
@@ -229,7 +223,7 @@ def solutions(nums, target, every=True):
 
 
 def solve(nums, target):
-    """A shortest solution or None: solve([2, 3, 5], 13) = "5*2+3"."""
+    """A solution of the fewest characters, or None: solve([2, 3, 5], 13) = "5*2+3"."""
     return next(iter(solutions(nums, target, every=False)), None)
 
 
@@ -387,8 +381,10 @@ def main(argv=None):
     rng.shuffle(files.get("sft", []))
     save(folder, files)
     for name, rows in files.items():
+        classes = Counter(row["difficulty"] for row in rows)
         solved = sum(row["trace"].endswith("ok") for row in rows) / len(rows)
-        print(f"{folder / name}.jsonl: {len(rows):,} rows, {solved:.0%} of them solved by the teacher")
+        counts = ", ".join(f"{classes[difficulty]:,} {difficulty}" for difficulty in CLASSES)
+        print(f"{folder / name}.jsonl: {len(rows):,} rows, {counts}; the teacher solves {solved:.0%}")
 
 
 if __name__ == "__main__":

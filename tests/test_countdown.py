@@ -356,6 +356,16 @@ def test_flags_come_from_a_file_with_comments(tmp_path):
     assert {name: len(rows) for name, rows in made.items()} == {"train": 5, "test": 5}
 
 
+@pytest.mark.parametrize("content", [b"--train 3 'open", b"--train \xff"])
+def test_a_flag_file_that_cannot_be_read_gets_one_line_and_exit_code_2(content, tmp_path, capsys):
+    (tmp_path / "flags.txt").write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        countdown.main([f"@{tmp_path / 'flags.txt'}"])
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "\n" not in said
+    assert said.startswith("countdown.py: a flag file cannot be read")
+
+
 def test_an_old_val_file_does_not_stay_beside_new_training_data(tmp_path):
     assert "val" in make(tmp_path, *SMALL, "--train", 20, "--test", 5, "--val", 5)
     made = make(tmp_path, *SMALL, "--train", 20, "--test", 5, "--traces", 0, "--seed", 1)
@@ -368,7 +378,7 @@ def test_an_old_val_file_does_not_stay_beside_new_training_data(tmp_path):
     (["--numbers", "1"], "--numbers"),
     (["--numbers", "3", "9"], "--numbers"),
     (["--train", "-1"], "--train -1"),
-    (["--test", "0"], "--test 0"),
+    (["--train", "0", "--test", "0"], "nothing to make"),
     (["--train", "x"], "--train"),
     (["--give_up", "1.5"], "--give_up 1.5"),
     (["--aim", "nan"], "--aim nan"),
