@@ -1,340 +1,676 @@
-"""Supervised fine-tuning: the cold start that teaches a model the form of an answer, before GRPO improves the answers.
+"""Supervised fine-tuning: the cold start that teaches a language model the form of an answer, before GRPO.
 
-1. Rows become a chat prompt, by the model's chat template, and a completion, `<reasoning>...</reasoning><answer>...</answer>`
-   and the token that ends a turn, encoded apart: a sampler that starts from the prompt's ids meets what was trained.
-2. The model is any causal LM of transformers, or `--model tiny`, a Llama of 0.5 M parameters made here. All of it is trained,
-   or LoRA (--lora_rank), or LoRA on a 4-bit base (--load_in_4bit); the optimiser works on fp32 masters.
-3. A step takes the next --batch_size rows of an order given by --seed alone, sorted by length, in micro-batches.
-4. The loss is the cross-entropy of the completion tokens, end token included, over one token count for the whole batch:
-   micro-batches and processes never change the gradient. The head runs in chunks: [B, T, V] logits never exist.
-5. The gradient is clipped, then AdamW (8-bit AdamW, Muon) with linear warm-up and a cosine to 0. What is not finite is skipped.
-6. metrics.jsonl gets a line, held-out rows a loss, checkpoint-<step>/ all that the run is: killed at any moment, the same
-   command with --resume ends with the same weights, on a CPU to the bit. The final model stands in --output_dir itself.
+The steps, with the numbers that the code repeats:
 
-    python sft.py --model tiny --data countdown=data/countdown/sft.jsonl --lr 3e-3 --steps 1000
-    python sft.py --model Qwen/Qwen2.5-3B-Instruct --data gsm8k --lora_rank 32 --lr 2e-4 --merge
-    torchrun --nproc_per_node=8 sft.py --model Qwen/Qwen2.5-7B-Instruct --data gsm8k --fsdp
+ 1. A row becomes a chat prompt, by the model's chat template, and its worked completion (rewards.py) with the
+    token that ends a turn. They are tokenised apart: a sampler starts from the ids of the prompt alone.
+ 2. Draw the next rows, in shuffled epochs, and split them into micro-batches of similar length.
+ 3. Log-probabilities of the completions' tokens, a chunk of them at a time: no [batch, time, vocabulary] tensor
+    ever exists.
+ 4. Loss: their cross-entropy, end token included, over one token count for the whole batch: neither micro-batches
+    nor processes change the gradient.
+ 5. Clip the gradient and update the fp32 weights. A gradient that is not finite is skipped.
+ 6. Log metrics, evaluate on held-out rows, save a checkpoint.
+
+    python sft.py --data countdown=data/countdown/sft.jsonl --steps 1000      # a new model of 0.5 M parameters
+    python sft.py --model Qwen/Qwen2.5-3B-Instruct --data gsm8k --lora_rank 32 --merge
+    torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen2.5-7B-Instruct --data gsm8k --fsdp
 """
+import argparse
+import fcntl
+import json
 import math
-import random
+import os
 import re
+import resource
+import shlex
+import shutil
+import signal
 import sys
+import tempfile
 import time
-from functools import lru_cache
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import rewards
-from models import (Optimizer, base_lm, fitting, learning_rate, load_lm, load_policy, load_tokenizer, peak_memory_gb, prepare,
-                    prompt_ids, refresh)
-from runs import (BAD_STEPS, RANK, WORLD, Flags, Stop, add_training_flags, check_flags, check_training_flags, fail,
-                  gather, go_on_from, leave, logger, move_in, note, one_line, open_folder, passes,
-                  read_state, save_checkpoint, start_processes)
 
-FREE = {"resume", "overwrite", "output_dir", "save_every", "keep", "merge", "eval_data", "eval_split", "eval_every",
-        "micro_batch_size", "activation_checkpointing", "fsdp", "log_to"}     # what a resumed run may change: not what it learns
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+STOP = []                       # the signals that asked this process to stop
+LOGS = ("metrics.jsonl",)
+HEAD_LOGITS = 2 ** 26           # logits that exist at a time: 256 MB in fp32
+MAY_CHANGE = {"resume", "output_dir", "save_every", "log_to", "micro_batch_size", "merge", "fsdp",
+              "activation_checkpointing", "eval_data", "eval_split", "eval_every"}          # at --resume, as they do not change what is learned
+transformers.utils.logging.disable_progress_bar()
 
 
-# ------------------------------------------------------------------------------------------- options
-def parse_args(argv):
-    p = Flags("sft.py", __doc__)
-    add = p.group("task and data")
-    add("--model", default="tiny", help="`tiny`, a folder or a hub id")
-    add("--data", nargs="+", default=["countdown"], metavar="SOURCE",
-        help="TASK[=PATH][:N], mixed: countdown, gsm8k=my/folder, math=AI-MO/NuminaMath-CoT:20000")
+# ----------------------------------------------------------------------------------------- flags
+def fail(message):
+    """Print one line on stderr and exit with code 2: what a wrong flag, file or model gets."""
+    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def note(message):
+    """Print a line on stderr, on rank 0, that does not break a progress bar."""
+    if RANK == 0:
+        tqdm.write(message, file=sys.stderr)
+
+
+def flag_parser():
+    """argparse that also reads @FILE, flags as in a shell with # comments, and whose errors are one line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    parser.error = fail
+    return parser
+
+
+def at_least(least, kind=int):
+    """An argparse type: a finite number that is not below `least`."""
+    def number(text):
+        if not least <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+        return kind(text)
+    return number
+
+
+NATURAL, POSITIVE, FLOAT = at_least(0), at_least(1), at_least(0, float)
+
+
+def add_training_flags(parser, **defaults):
+    """The flags that sft.py and grpo.py have in common, but for some defaults."""
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--lr", type=FLOAT, help="peak learning rate; LoRA takes ten times that of a whole model")
+    add("--warmup", type=NATURAL, help="steps of linear warm-up")
+    add("--lr_schedule", choices=["constant", "linear", "cosine"], help="after the warm-up; the others end at 0")
+    add("--max_grad_norm", type=FLOAT, default=1.0, help="clip the gradient to this norm; 0: never")
+    add("--optim", choices=["adamw", "adamw8bit", "paged_adamw8bit", "muon"], default="adamw",
+        help="8bit: moments take 2 bytes a parameter, not 8; paged: they may lie on the CPU; muon: for matrices")
+    add("--muon_lr", type=FLOAT, help="peak learning rate of the layers' matrices under --optim muon")
+    add("--micro_batch_size", type=POSITIVE, default=8, help="rows per forward pass: speed and memory only")
+    add = parser.add_argument_group("model and memory").add_argument
+    add("--lora_rank", type=NATURAL, default=0, help="LoRA on all linear layers but the head; 0: whole model")
+    add("--lora_alpha", type=FLOAT, default=32, help="the adapter is scaled by alpha / rank")
+    add("--load_in_4bit", action="store_true", help="QLoRA: keep the frozen base in nf4")
+    add("--merge", action="store_true", help="LoRA: also write merged/, the base with the adapter merged in")
+    add("--activation_checkpointing", action="store_true", help="less memory, about a third slower")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+        help="of compute (weights train in fp32); auto: bfloat16 on a GPU, float32 on a CPU")
+    add("--fsdp", action="store_true", help="shard a whole model over torchrun's processes (FSDP2)")
+    add = parser.add_argument_group("files and logs").add_argument
+    add("--output_dir", default=f"runs/{Path(__file__).stem}", help="final model, checkpoints, logs")
+    add("--save_every", type=NATURAL, help="steps between checkpoints; 0: only when stopped")
+    add("--log_to", choices=["tensorboard", "wandb"], help="besides metrics.jsonl")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --output_dir, if any")
+    add("--seed", type=NATURAL, default=0, help="of the data order, the sampling and new weights")
+    parser.set_defaults(**defaults)
+
+
+def parse_args(argv=None):
+    parser = flag_parser()
+    add = parser.add_argument_group("task").add_argument
+    add("--model", default="tiny", help="checkpoint folder or hub id; tiny: a new model of 0.5 M parameters")
+    add("--data", nargs="+", default=["countdown"], metavar="SOURCE", help="rows with worked answers: TASK[=PATH][:N]")
     add("--style", choices=rewards.STYLES, default="reasoning", help="name of the reasoning tag")
-    add("--max_length", type=int, default=1024, help="tokens of prompt and completion; longer rows are left out")
-    add("--steps", type=int, help="updates; without it --epochs counts")
-    add("--epochs", type=float, default=1.0, help="passes over the data")
-    add("--batch_size", type=int, default=32, help="rows an update, over all processes")
+    add("--max_length", type=at_least(2), default=1024, help="tokens of a row; longer rows are left out")
+    add("--steps", type=POSITIVE, help="number of training steps; without it --epochs counts")
+    add("--epochs", type=at_least(1e-3, float), default=1.0, help="passes over the data")
+    add("--batch_size", type=POSITIVE, default=32, help="rows per step, over all processes")
     add("--eval_data", nargs="+", default=[], metavar="SOURCE", help="held-out rows, for loss and token accuracy")
-    add("--eval_split", choices=["val", "test", "train"], default="val", help="of --eval_data")
-    add("--eval_every", type=int, default=0, help="steps; 0: at the end only")
-    add_training_flags(p, lr=None, warmup=0, lr_schedule="cosine", muon_lr=1e-2, save_every=500)
-    a = p.parse_args(argv)
-    check_training_flags(a)
-    check_flags(a, dict(max_length=2, eval_every=0, steps=1, epochs=0, batch_size=1), (
-        *((getattr(a, name) == 0, f"--{name} 0: must be above 0") for name in ("lr", "muon_lr", "epochs")),
-        (a.steps and a.warmup >= a.steps, f"--warmup {a.warmup}: must be below --steps, {a.steps}"),
-        (a.batch_size % WORLD, f"--batch_size {a.batch_size}: must be a multiple of the {WORLD} processes"),
-        (a.lora_rank and a.model == "tiny", "--lora_rank: a new `--model tiny` has no base to adapt; leave it out")))
-    a.lr = a.lr or (3e-3 if a.model == "tiny" else 2e-4 if a.lora_rank else 1e-5)
-    return a
+    add("--eval_split", default="val", help="of --eval_data: train, val or test")
+    add("--eval_every", type=NATURAL, default=0, help="steps between evaluations; 0: after the last one")
+    add_training_flags(parser, warmup=0, lr_schedule="cosine", muon_lr=1e-2, save_every=500)
+    args = parser.parse_args(argv)
+    if args.model == "tiny" and args.lora_rank:
+        fail("--lora_rank adapts a trained model, which --model tiny is not")
+    if args.lr is None:
+        args.lr = 3e-3 if args.model == "tiny" else 2e-4 if args.lora_rank else 1e-5
+    return args
 
 
-# ------------------------------------------------------------------------------------------- 1. rows
-def completion(task, row, style):
-    """The text that a model is to write for this row."""
-    reasoning = answer = None
-    if task == "countdown" and "trace" in row:
-        reasoning, answer = row["trace"], row.get("trace_answer")
-    elif task == "countdown" and "solution" in row:
-        reasoning, answer = f"{row['solution']}={row['target']}", row["solution"]
-    elif task == "gsm8k":
-        worked, _, answer = row["answer"].rpartition("####")
-        reasoning = re.sub("<<.*?>>", "", worked)
-    elif task == "math" and "solution" in row:
-        reasoning, answer = row["solution"], rewards.TASKS[task]["gold"](row)
-    if not isinstance(reasoning, str) or not isinstance(answer, str):
-        raise rewards.DataError(f"{task}: a row without a worked answer: countdown needs `trace` and `trace_answer`, or `solution` "
-                                "(countdown.py writes them), math a `solution` with a box; arc and code have none")
-    return f"<{style}>{reasoning.strip()}</{style}>\n<answer>{answer.strip()}</answer>"
+# ----------------------------------------------------------------------------------------- rows
+def end_token(tokenizer):
+    """The id that ends an assistant's turn: the first special token after its text, which need not be the eos."""
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "the text ends here"}]
+    tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(chat[1]["content"])[2]
+    ids = [*tokenizer(tail, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return next((i for i in ids if i in tokenizer.all_special_ids), None)
 
 
-def end_token(tok):
-    """The id that ends an assistant turn: the first special token after its text, which need not be the eos."""
-    mark = "the text ends here"
-    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
-    tail = tok.apply_chat_template(chat, tokenize=False).rpartition(mark)[2]
-    special = [i for i in tok(tail, add_special_tokens=False)["input_ids"] if i in tok.all_special_ids]
-    end = special[0] if special else tok.eos_token_id
-    return end if end is not None else fail("neither the chat template nor the tokenizer has a token that ends a turn")
-
-
-def encode(tok, rows, style, max_length, end):
-    """rows -> [{"ids": [T], "prompt": how many of them are the prompt's}], without those of more than max_length ids."""
-    prompts = prompt_ids(tok, rows, style)
-    texts = tok([completion(row["task"], row, style) for row in rows], add_special_tokens=False)["input_ids"]
-    encoded = [{"ids": torch.tensor(p + t + [end]), "prompt": len(p)} for p, t in zip(prompts, texts)]
-    kept = [row for row in encoded if len(row["ids"]) <= max_length]
+def read_rows(sources, split, args, tokenizer):
+    """Rows of all sources as (ids [T] of prompt, completion and end token, length of the prompt), without those of
+    more than --max_length ids."""
+    rows = [row for source in sources for row in rewards.load_rows(source, split)]
+    prompts = prompt_ids(tokenizer, [rewards.messages(row["task"], row, args.style) for row in rows])
+    texts = [rewards.worked_completion(row["task"], row, args.style) for row in rows]
+    if not texts:
+        return []
+    end = end_token(tokenizer)
+    if end is None:
+        fail(f"--model {args.model}: neither its chat template nor its tokenizer has a token that ends a turn")
+    completions = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    encoded = [(torch.tensor(p + c + [end]), len(p)) for p, c in zip(prompts, completions)]
+    kept = [row for row in encoded if len(row[0]) <= args.max_length]
     if len(kept) < len(rows):
-        note(f"{len(rows) - len(kept)} of {len(rows)} rows are longer than --max_length {max_length}: left out")
-    return kept or fail(f"--max_length {max_length}: every row is longer")
+        note(f"{len(rows) - len(kept)} of {len(rows)} rows are longer than --max_length {args.max_length}: left out")
+    if not kept:
+        fail(f"--max_length {args.max_length}: every row is longer")
+    return kept
 
 
-@lru_cache(maxsize=2)
-def permutation(n, seed, epoch):
-    return random.Random(f"{seed} {epoch}").sample(range(n), n)
-
-
-def rows_of_step(rows, step, batch_size, seed):
-    """The rows of update `step`, counted from 1: the next ones of an endless order in which every row comes once an epoch."""
-    places = range((step - 1) * batch_size, step * batch_size)
-    return [rows[permutation(len(rows), seed, i // len(rows))[i % len(rows)]] for i in places]
+def draw_order(n, seed, start, count):
+    """Indices start, start + 1, ... of an endless order in which each of n rows comes once per epoch."""
+    epochs = range(start // n, (start + count - 1) // n + 1)
+    order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs])
+    return order[start % n:][:count].tolist()
 
 
 def micro_batches(rows, size):
-    """-> (ids [n, L], prompt_lengths [n], mask [n, T], 1 on the completions' tokens) for `size` rows at a time. Masks go by lengths,
-    as pad and end may be the same token. Longest first: memory runs out at once or never; then, rows that begin alike are neighbours."""
-    rows = sorted(rows, key=lambda row: -len(row["ids"]))
-    parts = [sorted(rows[at:at + size], key=lambda row: row["ids"].tolist()) for at in range(0, len(rows), size)]
-    return [(pad_sequence([row["ids"] for row in part], batch_first=True), torch.tensor([row["prompt"] for row in part]),
-             pad_sequence([torch.ones(len(row["ids"]) - row["prompt"]) for row in part], batch_first=True)) for part in parts]
+    """This process's share of the rows, `size` at a time: ids [n, L], prompt_lengths [n], mask [n, T] of completions.
+
+    Sorted by length, so that little is padding; the longest first, so that too little memory shows at once. Masks go
+    by lengths, as pad and end may be one token. Every rank gets as many rows, with spare ones that have no completion."""
+    ids = rows[0][0]
+    rows = sorted(rows + [(ids, len(ids))] * (-len(rows) % WORLD), key=lambda row: -len(row[0]))[RANK::WORLD]
+    for at in range(0, len(rows), size):
+        part = rows[at:at + size]
+        yield (pad_sequence([ids for ids, _ in part], batch_first=True), torch.tensor([start for _, start in part]),
+               pad_sequence([torch.ones(len(ids) - start) for ids, start in part], batch_first=True))
 
 
-# ------------------------------------------------------------------------------------------- 2. the model
+# ----------------------------------------------------------------------------------------- a new model
 def tiny_tokenizer():
-    """A token for each number up to 99, each tag and word of Countdown; bytes for other text, which comes back exactly."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    special, words = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"], ["Numbers: [", ", ", "]\nTarget: ", " ok", " no"]
+    """A token for each number up to 99, each tag and word of Countdown; bytes for other text, which is not changed."""
+    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
+    words = ["Numbers: [", ", ", "]\nTarget: ", " ok", " no"]
     words += [f"<{slash}{tag}>" for tag in (*rewards.STYLES, "answer") for slash in ("", "/")]
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    whole = [as_bytes.pre_tokenize_str(w)[0][0] for w in words] + [str(n) for n in range(10, 100)]
-    vocab = {t: i for i, t in enumerate(special + sorted(as_bytes.alphabet()) + whole)}
+    whole = [as_bytes.pre_tokenize_str(word)[0][0] for word in words] + [str(n) for n in range(10, 100)]
+    vocab = {token: i for i, token in enumerate(special + sorted(as_bytes.alphabet()) + whole)}
     bpe = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))  # a piece in the vocabulary is one token
     pieces = Regex("|".join(map(re.escape, words)) + "|[0-9]+")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), as_bytes])
     bpe.decoder = decoders.ByteLevel()
     template = ("{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-                "{% if add_generation_prompt %}<|assistant|>{% endif %}")  # instructions are for models that can read
+                "{% if add_generation_prompt %}<|assistant|>{% endif %}")  # it cannot read instructions
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token=special[0], eos_token=special[1], extra_special_tokens=special[2:],
         clean_up_tokenization_spaces=False, chat_template=template)
 
 
-def tiny_model(tok, seed):
+def tiny_model(tokenizer, seed):
     """0.5 M random parameters, but for the embeddings of the numbers: sines and cosines of their value."""
     torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tok), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
         max_position_embeddings=2048, initializer_range=0.08, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
-    weight = model.get_input_embeddings().weight.data
-    angle = torch.arange(100)[:, None] * math.pi / 64 ** torch.linspace(0, 1, 64)  # periods of 2 to 128
-    weight[tok.convert_tokens_to_ids([str(n) for n in range(100)])] = 0.11 * torch.cat([angle.sin(), angle.cos()], 1)
-    return model
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    angle = torch.arange(100)[:, None] * math.pi / 64 ** torch.linspace(0, 1, 64)   # periods of 2 to 128
+    numbers = tokenizer.convert_tokens_to_ids([str(n) for n in range(100)])
+    lm.get_input_embeddings().weight.data[numbers] = 0.11 * torch.cat([angle.sin(), angle.cos()], 1)
+    return lm
 
 
-def set_end(model, tok, end):
-    """Generation stops at `end` too, and the generation config is one that transformers agrees to save."""
-    g = model.generation_config
-    ends = {end, *([g.eos_token_id] if isinstance(g.eos_token_id, int) else g.eos_token_id or [])}
-    g.eos_token_id = sorted(ends) if len(ends) > 1 else end
-    g.pad_token_id = next(i for i in (g.pad_token_id, tok.pad_token_id, end) if i is not None)
-    g.do_sample = bool(g.do_sample or g.temperature or g.top_p or g.top_k)  # else settings of sampling are refused
-    return model
+# ----------------------------------------------------------------------------------------- models
+def load_tokenizer(name):
+    """-> tokenizer, the model's context in tokens."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name).get_text_config()
+    except Exception as err:  # of a dozen types, for what is one thing to the user
+        fail(f"--model {name}: not a folder with a model, nor a hub id that can be reached ({str(err)[:200]})")
+    if not tokenizer.chat_template:
+        fail(f"--model {name}: its tokenizer has no chat template; add chat_template.jinja to the model's folder")
+    return tokenizer, getattr(config, "max_position_embeddings", math.inf)
 
 
-# ------------------------------------------------------------------------------------------- 3., 4. loss
-def sums(logps, optimizer, rows, device, args, scale=None, stop=None):
-    """-> [3] over this process's share of the rows: cross-entropy of the completions, how many of their tokens are the likeliest,
-    how many there are. With `scale`, the weights also get the gradient of scale * cross-entropy. Where the GPU's memory is too
-    small, all of it is done again in smaller micro-batches."""
-    spare = {**rows[0], "prompt": len(rows[0]["ids"])}          # has no completion: with it, all processes get as many rows
-    mine = sorted(rows + [spare] * (-len(rows) % WORLD), key=lambda row: -len(row["ids"]))[RANK::WORLD]
-    total = torch.zeros(3, dtype=torch.float64, device=device)
-
-    def one(batch):
-        ids, prompt_lengths, mask = (x.to(device) for x in batch)
-        logp, hit = logps(ids, prompt_lengths, mask, extra="hit")                                  # [n, T]; 0 where mask is
-        if scale is not None:
-            (-logp.sum() * scale).backward()
-        total.add_(torch.stack([-logp.detach().sum(), hit.sum(), mask.sum()]))
-
-    def attempt(size):
-        total.zero_()
-        optimizer.zero_grad()
-        passes(micro_batches(mine, size), one, stop, args.fsdp)
-
-    size = args.micro_batch_size                                # under fsdp too little memory needs a new start: see one_line
-    _, args.micro_batch_size = fitting(attempt, size, "--micro_batch_size {}".format, least=size if args.fsdp else 1)
-    return total.cpu()
+def prompt_ids(tokenizer, chats):
+    """The ids of each chat, a list of turns, up to where the assistant's next turn begins."""
+    try:
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    except Exception as err:  # whatever a template raises, or does not compile
+        fail(f"--model {tokenizer.name_or_path}: its chat template does not take the prompt ({err})")
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
-# ------------------------------------------------------------------------------------------- the run
-LINE = "step {step}/{steps}  loss {loss:.4f}  accuracy {token_accuracy:.3f}  grad {grad_norm:.2f}  {tokens_per_s:.0f} tokens/s  {left} left"
+def load_lm(name, device, dtype, load_in_4bit=False):
+    """The causal language model `name` in eval mode, in `dtype` or in nf4."""
+    options = {"dtype": dtype, "output_loading_info": True}
+    if load_in_4bit:
+        options |= {"device_map": {"": device}, "quantization_config": transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
+    try:
+        lm, found = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
+    except Exception as err:                    # a damaged file, a missing package, an unknown model, no memory
+        fail(f"--model {name}: cannot be loaded ({str(err)[:200]})")
+    if found["missing_keys"]:  # transformers puts random numbers in their place
+        fail(f"--model {name}: its files lack weights ({', '.join(sorted(found['missing_keys']))[:200]})")
+    for module in lm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):       # it repacks 4-bit weights, which breaks training them
+            module.support_avx512bf16_for_cpu = False
+    return lm.to(device).eval()
 
 
-def train(args, argv):
-    device, dtype = start_processes(args.dtype)
-    # 1. rows
-    if "countdown" in args.data and not Path("data/countdown").exists():
-        fail("--data countdown: there is no data/countdown yet; `python countdown.py --out data/countdown` makes it")
-    rows = [row for source in args.data for row in rewards.load_rows(source, "train")]
-    held_out = [row for source in args.eval_data for row in rewards.load_rows(source, args.eval_split)]
-    if args.model == "tiny":
-        tok, context = tiny_tokenizer(), 2048
+def load_policy(args, device, dtype):
+    """The model to train, whole in fp32 (an update of 5e-7 would vanish in bf16) or a LoRA adapter in fp32 on a frozen
+    base -> the model, the transformers model in it, completion_logps of it at the right precision."""
+    if args.load_in_4bit and not args.lora_rank:
+        fail("--load_in_4bit needs --lora_rank: 4-bit weights do not train")
+    if args.fsdp and (WORLD == 1 or args.lora_rank or args.optim != "adamw"):
+        fail("--fsdp shards a whole model, with --optim adamw, over the processes of torchrun")
+    if args.lora_rank:
+        import peft
+        lm = load_lm(args.model, device, dtype, args.load_in_4bit)
+        torch.manual_seed(args.seed)
+        model = peft.get_peft_model(lm, peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha,
+                                                        task_type="CAUSAL_LM", target_modules="all-linear"))
     else:
-        tok, _, context = load_tokenizer(args.model, args.chat_template, args.trust_remote_code, train=True)
+        model = lm = load_lm(args.model, "cpu" if args.fsdp else device, torch.float32)
+    if args.activation_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    lm.logps = partial(completion_logps, lm)
+    if args.fsdp:  # fp32 shards; a layer is gathered in `dtype` to run
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        for module in (*lm.base_model.layers, lm):
+            fully_shard(module, mp_policy=precision)
+        register_fsdp_forward_method(lm, "logps")
+
+    def logps(*inputs):                                         # with a cache all weights would exist twice
+        with torch.autocast(lm.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
+            return lm.logps(*inputs)
+
+    return model, lm, logps
+
+
+def completion_logps(lm, ids, prompt_lengths, mask, temperature=1.0, chunk=HEAD_LOGITS):
+    """Of the completions in ids, [n, T] each and 0 where mask is: log-probabilities at `temperature`; without
+    gradient, entropies, and 1 where an id is the likeliest.
+
+    ids [n, L]: prompt + completion, right-padded (causal attention needs no mask); prompt_lengths [n]; mask [n, T].
+    At most `chunk` logits exist at once, of completion positions only; the backward pass computes them again."""
+    def head(h, targets):
+        logps = (lm.get_output_embeddings()(h).float() / temperature).log_softmax(-1)   # [m, V], bf16 is too coarse
+        frozen = logps.detach()                 # entropies of `logps` itself would keep their gradient
+        return (logps.gather(1, targets[:, None]).squeeze(1), -(frozen.exp() * frozen).sum(-1),
+                (frozen.argmax(-1) == targets).float())
+
+    on = mask.bool()
+    states = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state            # [n, L, H]
+    row = torch.arange(len(ids), device=ids.device)[:, None]                            # [n, 1]
+    place = prompt_lengths[:, None] + torch.arange(mask.shape[1], device=ids.device)    # [n, T]
+    place = place.clamp(max=ids.shape[1] - 1)
+    hidden, targets = states[row, place - 1][on], ids[row, place][on]  # [tokens, H], [tokens]
+    size = max(1, chunk // lm.config.get_text_config().vocab_size)
+    if len(targets) > size and torch.is_grad_enabled():
+        head = partial(checkpoint, head, use_reentrant=False)
+    pieces = [head(h, t) for h, t in zip(hidden.split(size), targets.split(size))]
+    blank = torch.zeros_like(mask, dtype=torch.float32)
+    return tuple(blank.masked_scatter(on, torch.cat(part)) for part in zip(*pieces))
+
+
+@torch.no_grad()
+def refresh(plain, lm):
+    """Copy what the policy `lm` amounts to as one plain model into `plain`, in place: 4-bit weights dequantised,
+    shards gathered (collective), an adapter's B A scaling added in fp32 to its base, which stays as it is."""
+    if plain is lm:
+        return
+    target = dict(plain.named_parameters())
+    for name, weight in lm.named_parameters():
+        if ".lora_" in name:
+            continue
+        if getattr(weight, "quant_state", None) is not None:
+            import bitsandbytes
+            weight = bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state)
+        layer, adapted, leaf = name.partition(".base_layer.")
+        if adapted and leaf == "weight":
+            weight = weight.float() + lm.get_submodule(layer).get_delta_weight("default")
+        if hasattr(weight, "full_tensor"):
+            weight = weight.full_tensor()
+        target[name.replace(".base_layer.", ".")].copy_(weight)
+
+
+def learning_rate(step, steps, warmup, schedule):
+    """The factor on the peak learning rate at step 1, 2, ...; a falling schedule reaches 0 after the last step."""
+    if step <= warmup:
+        return step / warmup
+    progress = (step - 1 - warmup) / max(1, steps - warmup)
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[schedule]
+
+
+def make_optimizers(model, args):
+    """The optimisers of all trained parameters, at peak learning rates."""
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            is_matrix = args.optim == "muon" and p.ndim == 2 and ".layers." in name
+            (matrices if is_matrix else rest).append(p)
+    if "8bit" in args.optim:
+        import bitsandbytes
+        make = bitsandbytes.optim.PagedAdamW8bit if "paged" in args.optim else bitsandbytes.optim.AdamW8bit
+        return [make(rest, lr=args.lr, weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(rest, lr=args.lr, weight_decay=0.0, fused=True)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=args.muon_lr, weight_decay=0.0))
+    return optimizers
+
+
+def update(optimizers, factor, args, usable):
+    """Sum gradients over processes, clip, make one update at `factor` times the peak learning rates -> the gradient's
+    norm before clipping. Where that is not finite, or not `usable`, no weight changes."""
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    for p in parameters:
+        if p.grad is None:                                      # another process may have one
+            p.grad = torch.zeros_like(p)
+    if WORLD > 1 and not args.fsdp:                             # FSDP has summed already
+        for handle in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
+            handle.wait()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+    norm = float(norm.full_tensor() if args.fsdp else norm)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.defaults["lr"] * factor
+        if usable and math.isfinite(norm):
+            optimizer.step()
+        optimizer.zero_grad()
+    return norm
+
+
+def peak_memory_gb():
+    """Of the GPU, or of this process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+# ----------------------------------------------------------------------------------------- processes, signals
+def start_processes(dtype):
+    """Join torchrun's other processes, if there are any -> this one's device, the compute dtype."""
+    cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    if WORLD > 1:  # ranks may wait for hours while one samples or saves
+        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(hours=12)))
+        # after a restart torchrun's store still holds the addresses of the start before
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=store.timeout)
+    dtype = {"auto": "bfloat16" if cuda else "float32"}.get(dtype, dtype)
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    return device, getattr(torch, dtype)
+
+
+def gather(x):
+    """[x of rank 0, x of rank 1, ...] on every rank. Collective: call on every rank."""
+    shares = [x] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(shares, x)
+    return shares
+
+
+def catch_signals():
+    """From now on the first SIGINT or SIGTERM is kept in STOP; a second SIGINT ends the process."""
+    def keep(number, frame):
+        STOP.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if RANK == 0:                                           # not print, which may be at work
+            os.write(2, b"\nstopping: saving a checkpoint first; Ctrl-C again leaves at once\n")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, keep)
+
+
+def check_stop():
+    """Raise KeyboardInterrupt(number) on every rank if a signal came to any. Collective."""
+    numbers = sum(gather(STOP), [])
+    if numbers:
+        raise KeyboardInterrupt(numbers[0])
+
+
+# ----------------------------------------------------------------------------------------- files
+def open_run(args, defaults):
+    """Take hold of --output_dir -> the state of the newest checkpoint in it that loads, or None for a new run.
+
+    Refuses a folder that another process holds, or that holds a run, unless --resume comes with the flags of that
+    run (a flag missing in its args.json had its default). What was written after the checkpoint goes."""
+    out, state = Path(args.output_dir), None
+    out.mkdir(parents=True, exist_ok=True)
+    if RANK == 0:
+        try:                                                    # this lock dies with its process
+            fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"--output_dir {out} is in use by another run: take another folder")
+    steps = sorted(int(path.name[11:]) for path in out.glob("checkpoint-*"))
+    if not args.resume and (steps or list(out.glob("*config.json"))):
+        fail(f"--output_dir {out} holds a run: add --resume to continue it, or remove the folder to start again")
+    if steps:
+        try:
+            before = json.loads((out / "args.json").read_text())
+            changed = [name for name, value in vars(args).items()
+                       if name not in MAY_CHANGE and before.get(name, getattr(defaults, name)) != value]
+        except (OSError, ValueError, AttributeError) as err:
+            fail(f"--resume: {out}/args.json, the flags of the run, cannot be read ({err})")
+        if changed:
+            fail(f"--resume: not the flags of the run in {out}: --{', --'.join(changed)}")
+    while steps and state is None:
+        trainer = out / f"checkpoint-{steps.pop()}" / "trainer.pt"
+        try:
+            state = torch.load(trainer, weights_only=True, map_location="cpu", mmap=True)
+        except Exception as err:  # of many types: cut off, missing, something else
+            note(f"{trainer} is damaged ({type(err).__name__}): trying the checkpoint before it")
+            if not steps:
+                fail(f"--resume: no checkpoint in {out} loads; remove the folder to start again")
+    gather(0)                                                   # every rank has looked
+    if RANK == 0:
+        for name in LOGS:
+            with open(out / name, "ab") as f:
+                f.truncate(min(f.tell(), state[name] if state else 0))
+        for folder in [*out.glob("checkpoint-*"), *out.glob("tmp-*")]:
+            if not (state and folder.name[:10] == "checkpoint" and int(folder.name[11:]) <= state["step"]):
+                shutil.rmtree(folder)
+        (out / "args.json").write_text(json.dumps(vars(args), indent=1))
+    return state
+
+
+def save_checkpoint(out, state, save_model):
+    """OUT/checkpoint-<step>: a model folder, and in trainer.pt all else that a run is. Written under another name, then
+    renamed, so that a kill at any moment leaves the older ones whole. The newest two stay. On rank 0."""
+    out = Path(out)
+    folder, tmp = out / f"checkpoint-{state['step']}", out / "tmp-checkpoint"
+    try:
+        save_model(tmp)
+        torch.save(state | {name: (out / name).stat().st_size for name in LOGS}, tmp / "trainer.pt")
+    except Exception as err:                                    # a full disk, in the words of each library
+        shutil.rmtree(tmp, ignore_errors=True)
+        fail(f"cannot write {folder} ({err}): make room, then --resume")
+    shutil.rmtree(folder, ignore_errors=True)
+    tmp.rename(folder)
+    for old in sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))[:-2]:
+        shutil.rmtree(old)
+
+
+def append(path, rows):
+    """Append JSON lines; a number that is not finite becomes null, as JSON has no NaN."""
+    with open(path, "a") as f:
+        for row in rows:
+            row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            f.write(json.dumps(row) + "\n")
+
+
+def open_board(args):
+    """The TensorBoard writer that --log_to asks for, or None; W&B copies what is written there."""
+    if not args.log_to or RANK > 0:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+    if args.log_to == "wandb":
+        import wandb
+        wandb.init(project=Path(__file__).stem, name=args.output_dir, config=vars(args), sync_tensorboard=True)
+    return SummaryWriter(args.output_dir)
+
+
+def log(args, board, metrics):
+    """A line of metrics.jsonl, and points on the board's curves. On rank 0."""
+    if RANK == 0:
+        append(Path(args.output_dir) / "metrics.jsonl", [metrics])
+    for name, value in metrics.items() if board else ():
+        board.add_scalar(name, value, metrics["step"])
+
+
+# ----------------------------------------------------------------------------------------- the loop
+LINE = ("step {step}/{steps}  loss {loss:.4f}  accuracy {token_accuracy:.3f}  grad {grad_norm:.2f}  "
+        "{tokens_per_s:.0f} tokens/s  {left} left")
+
+
+def train(args):
+    device, dtype = start_processes(args.dtype)
+    # 1. Rows of ids.
+    tokenizer, context = (tiny_tokenizer(), 2048) if args.model == "tiny" else load_tokenizer(args.model)
     if args.max_length > context:
         fail(f"--max_length {args.max_length}: the context of {args.model} is {context} tokens")
-    end = end_token(tok)
-    rows, held_out = (of and encode(tok, of, args.style, args.max_length, end) for of in (rows, held_out))
-    steps = args.steps or math.ceil(args.epochs * len(rows) / args.batch_size)
-    folder = go_on_from(args, FREE)
+    data = read_rows(args.data, "train", args, tokenizer)
+    held_out = read_rows(args.eval_data, args.eval_split, args, tokenizer)
+    steps = args.steps or math.ceil(args.epochs * len(data) / args.batch_size)
+    state, board = open_run(args, parse_args([])), open_board(args)
 
-    # 2. the model
-    def load(device, dtype):
-        lm = tiny_model(tok, args.seed).to(device, dtype) if args.model == "tiny" else \
-            load_lm(args.model, device, dtype, trust_remote_code=args.trust_remote_code)
-        return set_end(lm, tok, end)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.model == "tiny":
+            tiny_model(tokenizer, args.seed).save_pretrained(folder)
+            args.model = folder                                 # from here on nothing knows that it is tiny
+        policy, lm, policy_logps = load_policy(args, device, dtype)
+        plain = lm  # what is saved: the policy, or a copy in `dtype`
+        if args.fsdp or args.merge or dtype != torch.float32 and not args.lora_rank:
+            plain = load_lm(args.model, "meta" if RANK else "cpu", dtype)
+    for config in (lm.generation_config, plain.generation_config):  # stops where the completions end, and can be saved
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        config.eos_token_id = sorted({*ends, end_token(tokenizer)} - {None})
+        config.do_sample = bool(config.do_sample or config.temperature or config.top_p or config.top_k)
+    optimizers = make_optimizers(policy, args)
+    done = {"step": 0, "evaluated": 0}                          # the last step, that of the last evaluation
+    if state:
+        set_state_dict(policy, optimizers, model_state_dict=state["weights"], optim_state_dict=state["optimizers"],
+                       options=StateDictOptions(full_state_dict=True, strict=False))
+        done = {name: state[name] for name in done}
+    state = None
 
-    if args.model == "tiny":
-        model = load(device, torch.float32 if args.fsdp else dtype)
-    else:
-        model = load_policy(args, device, dtype)
-    set_end(base_lm(model), tok, end)
-    plain = load(torch.device("cpu"), dtype) if args.fsdp and RANK == 0 else None if args.fsdp else model
-    logps, optimizer = prepare(model, args, dtype), Optimizer(model, args)
-    done, bad, saved, stop = 0, 0, -1, Stop()
-    if folder:
-        state = read_state(folder)
-        done, bad, saved = state["step"], state["bad_steps"], state["step"]
-        optimizer.load_state(state)
-        del state
-    if RANK == 0:
-        open_folder(args, folder)                               # a model that does not load costs no run its folder
-    log = logger(args)
-
-    def save_model(to):
-        plain.save_pretrained(to)
-        tok.save_pretrained(to)
-        base_lm(plain).generation_config.save_pretrained(to)
+    def save_model(folder):                                     # as transformers and peft load it
+        (policy if args.lora_rank else plain).save_pretrained(folder)
+        lm.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
     def save():
-        refresh(plain, model)
-        state = optimizer.state() | {"step": done, "bad_steps": bad}
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        trained, moments = get_state_dict(policy, optimizers, options=whole)            # collective
+        if not args.lora_rank:
+            refresh(plain, lm)                                                          # collective
         if RANK == 0:
-            save_checkpoint(args.output_dir, done, args.keep, lambda to: (save_model(to), torch.save(state, to / "trainer.pt")))
-        gather(0)
-        return done
+            save_checkpoint(args.output_dir, done | {"weights": trained, "optimizers": moments}, save_model)
+
+    def forward(batch):
+        """-> [3] cross-entropy of the completions, how many of their tokens are the likeliest, how many there are."""
+        ids, prompt_lengths, mask = (x.to(device) for x in batch)
+        logp, _, hit = policy_logps(ids, prompt_lengths, mask)
+        return torch.stack([-logp.sum(), hit.sum(), mask.sum()]).double()
 
     def evaluate():
-        model.eval()
-        with torch.no_grad():
-            loss, right, n = sum(gather(sums(logps, optimizer, held_out, device, args, stop=stop))).tolist()
-        model.train()
-        log({"step": done, "eval_loss": loss / n, "eval_token_accuracy": right / n, "eval_tokens": int(n)})
-        note(f"step {done}/{steps}  held-out: loss {loss / n:.4f}  accuracy {right / n:.3f}")
+        due = done["step"] == steps or args.eval_every and done["step"] % args.eval_every == 0
+        if held_out and due and done["evaluated"] < done["step"]:
+            policy.eval()
+            with torch.no_grad():
+                sums = sum(forward(batch) for batch in micro_batches(held_out, args.micro_batch_size))
+            loss, right, n = sum(gather(sums.cpu())).tolist()
+            log(args, board, {"step": done["step"], "eval_loss": loss / n, "eval_token_accuracy": right / n,
+                              "eval_tokens": int(n)})
+            note(f"step {done['step']}/{steps}  held-out: loss {loss / n:.4f}  accuracy {right / n:.3f}")
+            done["evaluated"] = done["step"]
 
-    model.train()
-    begun, first, shown = time.perf_counter(), done, 0
-    bar = tqdm(total=steps, initial=done, bar_format="{desc} {bar}", disable=RANK > 0 or not sys.stderr.isatty())
-    with stop:
-        try:
-            while True:
-                if held_out and done and (done == steps or args.eval_every and done % args.eval_every == 0):
-                    evaluate()
-                stop.check(everywhere=True)
-                if done == steps:
-                    break
-                metrics = train_step(rows, logps, optimizer, device, args, done + 1, steps, stop)
-                done, bad = done + 1, bad + 1 if metrics["skipped"] else 0
-                log(metrics)
-                now = time.perf_counter()
-                left = tqdm.format_interval((now - begun) / (done - first) * (steps - done))
-                line = LINE.format_map(metrics | {"steps": steps, "left": left})
-                bar.set_description_str(line, refresh=False)
-                bar.update()
-                if bar.disable and (now - shown > 10 or done == steps):             # no terminal: a line each ten seconds
-                    shown = now
-                    note(line)
-                if bad == BAD_STEPS:
-                    file, batch = Path(args.output_dir) / "bad_rows.txt", rows_of_step(rows, done, args.batch_size, args.seed)
-                    if RANK == 0:
-                        file.write_text("\n\n".join(tok.decode(row["ids"]) for row in batch))
-                    gather(0)
-                    fail(f"{bad} updates in a row were not finite; the last one's rows are in {file}. --resume goes on before them; "
-                         "where it happens again, start anew with a lower --lr or --dtype float32")
-                if done == steps or args.save_every and done % args.save_every == 0:
-                    saved = save()
-        except KeyboardInterrupt as stopped:
-            bar.close()
-            if saved < done:
+    catch_signals()
+    began, first_step, saved, shown = time.perf_counter(), done["step"] + 1, done["step"], 0
+    try:
+        evaluate()
+        for step in range(first_step, steps + 1):
+            started = time.perf_counter()
+            factor = learning_rate(step, steps, args.warmup, args.lr_schedule)
+            torch.manual_seed(args.seed * 1_000_003 + step)     # for models with dropout
+            policy.train()
+            # 2. Draw rows.
+            indices = draw_order(len(data), args.seed, (step - 1) * args.batch_size, args.batch_size)
+            rows = [data[i] for i in indices]
+            num_tokens = sum(len(ids) - start for ids, start in rows)
+            sums = 0
+            for batch in micro_batches(rows, args.micro_batch_size):
+                # 3. Log-probabilities.
+                part = forward(batch)
+                # 4. Loss and its gradient. FSDP takes the mean over the processes.
+                (part[0] * (WORLD if args.fsdp else 1) / num_tokens).backward()
+                sums += part.detach()
+            loss, right, _ = sum(gather(sums.cpu())).tolist()
+            # 5. Clip the gradient and update the weights.
+            norm = update(optimizers, factor, args, usable=math.isfinite(loss))
+
+            # 6. Log, evaluate, save.
+            skipped = not math.isfinite(loss + norm)
+            done["step"] = step
+            now, tokens = time.perf_counter(), sum(len(ids) for ids, _ in rows)
+            metrics = {"step": step, "loss": loss / num_tokens, "token_accuracy": right / num_tokens,
+                       "lr": args.lr * factor, "grad_norm": norm, "skipped": int(skipped), "tokens": tokens,
+                       "tokens_per_s": tokens / (now - started), "step_seconds": now - started,
+                       "peak_memory_gb": peak_memory_gb()}
+            log(args, board, metrics)
+            if now - shown > 5 or step == steps:
+                left = tqdm.format_interval((now - began) / (step - first_step + 1) * (steps - step))
+                note(LINE.format_map(metrics | {"steps": steps, "left": left}))
+                shown = now
+            if skipped:
+                note(f"warning: the gradient of step {step} is not finite and was not used")
+            evaluate()
+            if args.save_every and step % args.save_every == 0:
                 save()
-            leave(stopped, done, steps, argv)
-        finally:
-            bar.close()
-    refresh(plain, model)
+                saved = step
+            check_stop()
+    except KeyboardInterrupt as stopped:
+        if saved < done["step"]:
+            save()
+        gather(0)                                               # torchrun ends all processes when one leaves
+        note(f"stopped after step {done['step']} of {steps}: continue with the same command and --resume")
+        raise SystemExit(128 + stopped.args[0]) from None
+    refresh(plain, lm)
     if RANK == 0:
-        tmp = Path(args.output_dir) / "tmp-final"
-        save_model(tmp)
+        save_model(args.output_dir)
         if args.merge:
-            merged = load(device, dtype)
-            refresh(merged, model)
-            merged.save_pretrained(tmp / "merged")
-            tok.save_pretrained(tmp / "merged")
-        move_in(tmp, args.output_dir)
-        note(f"the model is in {args.output_dir}")
-
-
-def train_step(rows, logps, optimizer, device, args, step, steps, stop):
-    """One update -> its metrics. A stop before the update leaves the run as it was."""
-    start, batch = time.perf_counter(), rows_of_step(rows, step, args.batch_size, args.seed)                                  # 3
-    n_tokens = sum(len(row["ids"]) - row["prompt"] for row in batch)
-    torch.manual_seed(args.seed * 1_000_003 + step)             # for a model with dropout
-    scale = (WORLD if args.fsdp else 1) / n_tokens              # fsdp takes the mean over the processes
-    share = sums(logps, optimizer, batch, device, args, scale, stop)                                                  # 4
-    if not args.fsdp:
-        optimizer.reduce()
-    loss, right, _ = sum(gather(share)).tolist()
-    factor = learning_rate(step, steps, args.warmup, args.lr_schedule)
-    norm = optimizer.step(factor, skip=not math.isfinite(loss))                                                       # 5
-    seconds, tokens = time.perf_counter() - start, sum(len(row["ids"]) for row in batch)
-    return {"step": step, "loss": loss / n_tokens, "token_accuracy": right / n_tokens, "lr": args.lr * factor,        # 6
-            "grad_norm": norm, "skipped": int(not math.isfinite(norm + loss)), "tokens": tokens, "tokens_per_s": tokens / seconds,
-            "step_seconds": seconds, "peak_memory_gb": peak_memory_gb()}
+            plain.save_pretrained(Path(args.output_dir) / "merged")
+            tokenizer.save_pretrained(Path(args.output_dir) / "merged")
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    with one_line(args):
-        train(args, argv)
+    try:
+        train(args)
+        if WORLD > 1:
+            dist.destroy_process_group()
+    except rewards.DataError as err:
+        fail(err)
+    except ImportError as err:
+        fail(f"these flags need a package that is not installed: pip install {err.name}")
+    except torch.OutOfMemoryError:
+        fail("out of GPU memory: lower --micro_batch_size, or take --activation_checkpointing, --optim paged_adamw8bit, "
+             "--lora_rank 32 or --load_in_4bit; then --resume")
+    except (OSError, SafetensorError) as err:                   # a full disk, most of all
+        fail(f"--output_dir {args.output_dir}: {err}")
+    except KeyboardInterrupt:
+        note("stopped before the first step")
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 if __name__ == "__main__":
