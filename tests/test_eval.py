@@ -26,7 +26,8 @@ def save_tokenizer(folder, chat_template=TEMPLATE):
     tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(special + words)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", additional_special_tokens=special[1:])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>",
+                                   additional_special_tokens=special[1:])
     fast.chat_template = chat_template
     fast.save_pretrained(folder)
     return fast
@@ -65,7 +66,8 @@ def folder(tmp_path_factory):
     save(root / "a", 0)
     save(root / "b", 1)
     write(root / "countdown" / "test.jsonl", [
-        {"nums": [3, 5, 8], "target": 64, "difficulty": "easy"}, {"nums": [1, 2, 3, 4], "target": 24, "difficulty": "hard"},
+        {"nums": [3, 5, 8], "target": 64, "difficulty": "easy"}, {
+            "nums": [1, 2, 3, 4], "target": 24, "difficulty": "hard"},
         {"nums": [7, 7, 2], "target": 16, "difficulty": "easy"}, {"nums": [9, 4, 6], "target": 11, "difficulty": "hard"}])
     write(root / "gsm8k.jsonl", [
         {"question": "Tom has 3 bags of 4 apples. How many?", "answer": "He has 3*4=<<3*4=12>>12.\n#### 12"},
@@ -103,10 +105,23 @@ PROMPTS = [[5, 6, 7], [9] * 11, [40, 41, 42, 43, 44, 45], [100], [9, 8, 9, 8, 9,
 
 def test_greedy_sampling_equals_generate_token_for_token_with_left_padding_and_several_end_tokens():
     model, ends, width = toy_model(), list(range(40)), max(map(len, PROMPTS))
-    ours = ev.complete(model, PROMPTS, set(ends), SimpleNamespace(samples=1, max_new_tokens=24, temperature=0))
+    ours = ev.complete(
+    model,
+    PROMPTS,
+    set(ends),
+    SimpleNamespace(
+        samples=1,
+        max_new_tokens=24,
+         temperature=0))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS])
-    theirs = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=24, eos_token_id=ends, pad_token_id=259)
+    theirs = model.generate(
+    ids,
+    attention_mask=mask,
+    do_sample=False,
+    max_new_tokens=24,
+    eos_token_id=ends,
+     pad_token_id=259)
     for mine, other in zip(ours, theirs[:, width:].tolist(), strict=True):
         assert mine == other[:len(mine)] and set(other[len(mine):]) <= {259}
         assert mine[-1] in ends or len(mine) == 24
@@ -157,7 +172,8 @@ def test_a_forbidden_token_never_follows_and_is_free_elsewhere():
     free = ev.complete(toy_model(3), [[5]], {259}, args, noise)
     pairs = [pair for ids in free for pair in zip(ids, ids[1:])]
     a, b = max(set(pairs), key=pairs.count)
-    after = [pair for ids in ev.complete(toy_model(3), [[5]], {259}, args, noise, [a, b]) for pair in zip(ids, ids[1:])]
+    after = [pair for ids in ev.complete(toy_model(3), [[5]], {259}, args, noise, [
+                                         a, b]) for pair in zip(ids, ids[1:])]
     assert (a, b) not in after
     assert any(y == b for _, y in after) and any(x == a for x, _ in after)
 
@@ -206,10 +222,31 @@ def test_figures_of_known_completions_come_out_as_known(folder, tmp_path, monkey
             return say("7+7=14 14+2=16 ok", "7+7+2") if sample else say("", "7*7*2")
         return "(9+6)-4" if "9, 4, 6" in prompt else say("1+2=3 3+3=6 6*4=24 ok", "1*2*3*4")
     speak(monkeypatch, folder, reply)
-    evaluate(folder, tmp_path / "e.json", "--samples", 2, "--temperature", 1, "--batch_size", 3, "--weights", "correct=2")
+    evaluate(
+    folder,
+    tmp_path /
+    "e.json",
+    "--samples",
+    2,
+    "--temperature",
+    1,
+    "--batch_size",
+    3,
+    "--weights",
+     "correct=2")
     row, = json.loads((tmp_path / "e.json").read_text())
     assert FIELDS <= set(row)
-    assert (row["n"], row["accuracy"], row["pass_at_k"], row["format"], row["truncated"]) == (4, 5 / 8, 3 / 4, 5 / 8, 0)
+    assert (
+    row["n"],
+    row["accuracy"],
+    row["pass_at_k"],
+    row["format"],
+    row["truncated"]) == (
+        4,
+        5 / 8,
+        3 / 4,
+        5 / 8,
+         0)
     assert row["maj_at_k"] == pytest.approx((1 + 0.5 + 1 + 0) / 4)
     assert row["accuracy_low"] < row["accuracy"] < row["accuracy_high"] and row["reward"] == 2 * row["accuracy"]
     assert row["by"] == {"difficulty": {"easy": {"n": 2, "accuracy": 0.75}, "hard": {"n": 2, "accuracy": 0.5}},
@@ -218,14 +255,19 @@ def test_figures_of_known_completions_come_out_as_known(folder, tmp_path, monkey
     assert sorted((s["row"], s["sample"]) for s in samples) == [(i, k) for i in range(4) for k in range(2)]
     first, = [s for s in samples if (s["row"], s["sample"]) == (0, 0)]
     assert first["prompt"] == "Numbers: [3, 5, 8]\nTarget: 64" and first["answer"] == "(5+3)*8"
-    parts = rewards.score("countdown", first["completion"], {"nums": [3, 5, 8], "target": 64}, weights={"correct": 2})
+    parts = rewards.score(
+    "countdown", first["completion"], {
+        "nums": [
+            3, 5, 8], "target": 64}, weights={
+                "correct": 2})
     assert all(first[name] == value for name, value in parts.items())
     rates = rewards.load_rows(f"countdown={tmp_path}/e.pass_rates.jsonl", "train")
     assert [r["pass_rate"] for r in rates] == [1.0, 1.0, 0.5, 0.0]
     assert [r["nums"] for r in rates] == [[3, 5, 8], [1, 2, 3, 4], [7, 7, 2], [9, 4, 6]]
     out = capfd.readouterr().out
     assert "62.5%" in out and "pass@2" in out and re.search(r"^difficulty easy +2 +75.0%$", out, re.M)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.json", "e.pass_rates.jsonl", "e.samples.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+                  "e.json", "e.pass_rates.jsonl", "e.samples.jsonl"]
 
 
 def test_breakdowns_add_up_to_the_whole_for_each_of_several_tasks(folder, tmp_path, monkeypatch):
@@ -239,11 +281,14 @@ def test_breakdowns_add_up_to_the_whole_for_each_of_several_tasks(folder, tmp_pa
     for row in rows:
         for cells in row["by"].values():
             assert sum(cell["n"] for cell in cells.values()) == row["n"]
-            assert sum(cell["n"] * cell["accuracy"] for cell in cells.values()) == pytest.approx(row["accuracy"] * row["n"])
-    assert ev.kinds({"task": "math", "subject": "Algebra", "level": 3}) == {"subject": "Algebra", "level": "3"}
+            assert sum(cell["n"] * cell["accuracy"]
+                       for cell in cells.values()) == pytest.approx(row["accuracy"] * row["n"])
+    assert ev.kinds({"task": "math", "subject": "Algebra", "level": 3}) == {
+                    "subject": "Algebra", "level": "3"}
 
 
-def test_several_models_stand_side_by_side_and_are_compared_on_the_same_problems(folder, tmp_path, monkeypatch, capfd):
+def test_several_models_stand_side_by_side_and_are_compared_on_the_same_problems(
+    folder, tmp_path, monkeypatch, capfd):
     loaded = []
     monkeypatch.setattr(ev, "load_lm", lambda name, *rest: loaded.append(name) or toy_model())
     speak(monkeypatch, folder, lambda prompt, sample: say("x", "(5+3)*8" if len(loaded) == 2 else "1*2*3*4"))
@@ -260,16 +305,25 @@ def test_no_line_of_a_table_is_wider_than_the_terminal(capsys, monkeypatch, widt
     row = {"model": "runs/tiny-sft", "task": "countdown", "n": 500, "samples": 4, "accuracy": 0.4, "accuracy_low": 0.3,
            "accuracy_high": 0.5, "accuracy_flexible": 0.4, "format": 1.0, "pass_at_k": 0.6, "maj_at_k": 0.5,
            "completion_length": 40.2, "truncated": 0.0, "by": {"numbers": {"3": {"n": 500, "accuracy": 0.4}}}}
-    for table in ev.tables([row, {**row, "model": "runs/tiny-grpo", "better": 204, "worse": 16, "p": 1.1e-42}]):
+    for table in ev.tables([row, {**row, "model": "runs/tiny-grpo",
+                           "better": 204, "worse": 16, "p": 1.1e-42}]):
         ev.print_table(table)
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= width
-    assert all(text in out for text in ("40.0%", "30.0% - 50.0%", "pass@4", "204 : 16", "1.1e-42", "numbers 3"))
+    assert all(
+    text in out for text in (
+        "40.0%",
+        "30.0% - 50.0%",
+        "pass@4",
+        "204 : 16",
+        "1.1e-42",
+         "numbers 3"))
 
 
 def test_the_asked_for_style_is_prompted_and_scored(folder, tmp_path, monkeypatch):
     prompts = []
-    speak(monkeypatch, folder, lambda prompt, s: prompts.append(prompt) or "<think>x</think><answer>(5+3)*8</answer>")
+    speak(monkeypatch, folder, lambda prompt, s: prompts.append(
+        prompt) or "<think>x</think><answer>(5+3)*8</answer>")
     evaluate(folder, tmp_path / "e.json", "--style", "think", "--limit", 1)
     row, = json.loads((tmp_path / "e.json").read_text())
     assert "<think>" in prompts[0] and row["n"] == row["accuracy"] == row["format"] == 1
@@ -282,7 +336,8 @@ def test_strict_and_flexible_differ_where_the_form_is_wrong(folder, tmp_path, mo
     assert (row["accuracy"], row["accuracy_flexible"], row["format"]) == (0.5, 1.0, 0.5)
 
 
-def test_shots_stand_before_the_problem_as_turns_and_only_before_those_of_their_task(folder, tmp_path, monkeypatch):
+def test_shots_stand_before_the_problem_as_turns_and_only_before_those_of_their_task(
+    folder, tmp_path, monkeypatch):
     write(tmp_path / "gsm8k" / "train.jsonl", [
         {"question": "Shown?", "answer": "It is 3*4=<<3*4=12>>12.\n#### 12"}, {"question": "Never shown", "answer": "#### 1"}])
     prompts = []
@@ -293,7 +348,8 @@ def test_shots_stand_before_the_problem_as_turns_and_only_before_those_of_their_
     one, shown = ["system", "user", "assistant"], ["system", "user", "assistant", "user", "assistant"]
     assert sorted(turns) == [one, shown, shown]
     shot = f"<|assistant|>{say('It is 3*4=12.', '12')}<|end|>"
-    assert sum(shot in prompt for prompt in prompts) == 2 and not any("Never shown" in prompt for prompt in prompts)
+    assert sum(shot in prompt for prompt in prompts) == 2 and not any(
+        "Never shown" in prompt for prompt in prompts)
 
 
 def test_a_task_of_the_users_own_is_evaluated_and_shown_by_its_row_alone(folder, tmp_path, monkeypatch):
@@ -306,7 +362,8 @@ def test_a_task_of_the_users_own_is_evaluated_and_shown_by_its_row_alone(folder,
     prompts = []
     speak(monkeypatch, folder, lambda prompt, s: prompts.append(prompt) or say("x", "aba"))
     source = f"palindrome={tmp_path}/data.jsonl"
-    ev.main(["--model", str(folder / "a"), "--data", source, "--shots", f"{source}:1", "--output", str(tmp_path / "e.json")])
+    ev.main(["--model", str(folder / "a"), "--data", source, "--shots",
+            f"{source}:1", "--output", str(tmp_path / "e.json")])
     assert json.loads((tmp_path / "e.json").read_text())[0]["accuracy"] == 0.5
     assert all(say("a, mirrored", "aaa") in prompt for prompt in prompts)
 
@@ -330,7 +387,14 @@ def adapter(folder, tmp_path):
 def test_an_adapter_folder_is_its_base_with_the_adapter_merged(folder, adapter, tmp_path, monkeypatch):
     name, model = adapter
     loaded, ids = [], torch.arange(4, 20)[None]
-    monkeypatch.setattr(ev, "complete", lambda lm, prompts, *rest: loaded.append(lm) or [[0] for _ in prompts])
+    monkeypatch.setattr(
+    ev,
+    "complete",
+    lambda lm,
+    prompts,
+    *
+    rest: loaded.append(lm) or [
+        [0] for _ in prompts])
     evaluate(folder, tmp_path / "e.json", model=(name,))
     merged, = loaded
     assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-4)
@@ -347,7 +411,8 @@ def test_lm_evaluation_harness_loads_a_saved_checkpoint_and_scores_with_its_logi
     ids = torch.tensor([save_tokenizer(folder / "a").encode("abcd")])
     want = toy_model(0)(ids).logits[0].log_softmax(-1)
     assert logp == pytest.approx(sum(want[i, ids[0, i + 1]].item() for i in (1, 2)), abs=1e-3)
-    assert lm.apply_chat_template([{"role": "user", "content": "hi"}]) == "<|user|>hi<|end|><|assistant|>" and not greedy
+    assert lm.apply_chat_template([{"role": "user", "content": "hi"}]
+                                  ) == "<|user|>hi<|end|><|assistant|>" and not greedy
 
 
 # ---------------------------------------------------------------------------------------------- what can go wrong
@@ -362,7 +427,8 @@ def after(calls, how):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_keeps_the_completions_so_far_and_the_results_of_before(folder, tmp_path, monkeypatch, capsys, number):
+def test_an_interrupt_keeps_the_completions_so_far_and_the_results_of_before(
+    folder, tmp_path, monkeypatch, capsys, number):
     evaluate(folder, tmp_path / "e.json")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr(ev, "complete", after(2, lambda: os.kill(os.getpid(), number)))
@@ -381,7 +447,8 @@ def raise_oom():
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_out_of_memory_names_the_flags_that_help_and_keeps_the_completions(folder, tmp_path, monkeypatch, capsys):
+def test_out_of_memory_names_the_flags_that_help_and_keeps_the_completions(
+    folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ev, "complete", after(1, raise_oom))
     with pytest.raises(SystemExit) as stop:
         evaluate(folder, tmp_path / "e.json", "--batch_size", 2)
@@ -390,7 +457,8 @@ def test_out_of_memory_names_the_flags_that_help_and_keeps_the_completions(folde
     assert len(read(tmp_path / "e.so_far.jsonl")) == 2
 
 
-def test_a_full_disk_gets_one_line_and_loses_neither_old_results_nor_new_completions(folder, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_gets_one_line_and_loses_neither_old_results_nor_new_completions(
+    folder, tmp_path, monkeypatch, capsys):
     evaluate(folder, tmp_path / "e.json")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     capsys.readouterr()
@@ -427,9 +495,12 @@ def test_files_that_are_cut_off_or_lack_weights_get_one_line(folder, tmp_path, a
         assert str(tmp_path / model) in said[0] or "./gone" in said[0]
 
 
-def test_wrong_input_gets_one_line_and_exit_code_2_before_any_model_loads(folder, tmp_path, monkeypatch, capsys):
+def test_wrong_input_gets_one_line_and_exit_code_2_before_any_model_loads(
+    folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ev, "load_lm", lambda *args: pytest.fail("a model was loaded"))
-    good = {"--model": [folder / "a"], "--data": [f"countdown={folder}/countdown"], "--output": [tmp_path / "e.json"]}
+    good = {"--model": [folder / "a"],
+    "--data": [f"countdown={folder}/countdown"],
+     "--output": [tmp_path / "e.json"]}
     (tmp_path / "empty").mkdir()
     (tmp_path / "d.json").mkdir()
     save(tmp_path / "short", context=64)
@@ -441,19 +512,26 @@ def test_wrong_input_gets_one_line_and_exit_code_2_before_any_model_loads(folder
     (tmp_path / "file").write_text("")
     write(tmp_path / "unsolved.jsonl", [{"nums": [1, 2], "target": 3}])
     cases = [({"--samples": [0]}, "--samples: 0: must be"), ({"--samples": [4]}, "--temperature 1"), ({"--speed": [1]}, "--speed"),
-             ({"--temperature": [-1]}, "--temperature: -1: must be"), ({"--temperature": ["nan"]}, "--temperature: nan: must be"),
-             ({"--temperature": ["inf"]}, "--temperature: inf: must be"), ({"--max_new_tokens": [0]}, "--max_new_tokens: 0: must be"),
-             ({"--batch_size": [0]}, "--batch_size: 0: must be"), ({"--limit": [-1]}, "--limit: -1: must be"), ({"--seed": [-1]}, "--seed: -1: must be"),
+             ({"--temperature": [-1]}, "--temperature: -1: must be"), ({"--temperature": ["nan"]},
+              "--temperature: nan: must be"),
+             ({"--temperature": ["inf"]}, "--temperature: inf: must be"), ({"--max_new_tokens": [0]},
+              "--max_new_tokens: 0: must be"),
+             ({"--batch_size": [0]}, "--batch_size: 0: must be"), ({"--limit": [-1]},
+              "--limit: -1: must be"), ({"--seed": [-1]}, "--seed: -1: must be"),
              ({"--model": []}, "--model"), ({"--model": [tmp_path / "empty"]}, "empty"),
-             ({"--model": [tmp_path / "short"]}, "reads 64"), ({"--model": [tmp_path / "untemplated"]}, "chat template"),
-             ({"--model": [tmp_path / "refusing"]}, "no system turn"), ({"--model": [tmp_path / "broken"]}, "chat template"),
-             ({"--data": [f"countdown={tmp_path}/nowhere.jsonl"]}, "nowhere.jsonl"), ({"--data": ["chess"]}, "chess"),
+             ({"--model": [tmp_path / "short"]},
+              "reads 64"), ({"--model": [tmp_path / "untemplated"]}, "chat template"),
+             ({"--model": [tmp_path / "refusing"]},
+              "no system turn"), ({"--model": [tmp_path / "broken"]}, "chat template"),
+             ({"--data": [f"countdown={tmp_path}/nowhere.jsonl"]},
+              "nowhere.jsonl"), ({"--data": ["chess"]}, "chess"),
              ({"--data": [f"countdown={tmp_path}/broken.jsonl"]}, "broken.jsonl"),
              ({"--data": [f"gsm8k={tmp_path}/surrogate.jsonl"]}, "surrogate"),
              ({"--data": [f"gsm8k={folder}/countdown"]}, "question"), ({"--weights": ["speed=1"]}, "speed"),
              ({"--output": [tmp_path / "file" / "e.json"]}, "--output"), ({"--output": ["e.txt"]}, ".json"),
              ({"--output": [tmp_path / "d.json"]}, "d.json"), ({"--style": ["rhyme"]}, "rhyme"),
-             ({"--shots": [f"countdown={tmp_path}/unsolved.jsonl:1"]}, "worked answer"), ({"--forbid_after": ["ab", "c"]}, "[2, 1]"),
+             ({"--shots": [f"countdown={tmp_path}/unsolved.jsonl:1"]},
+              "worked answer"), ({"--forbid_after": ["ab", "c"]}, "[2, 1]"),
              ({"@gone.txt": [""]}, "gone.txt")]
     for change, said in cases:
         argv = [str(a) for flag, values in {**good, **change}.items() if values for a in (flag, *values)]
@@ -466,6 +544,7 @@ def test_wrong_input_gets_one_line_and_exit_code_2_before_any_model_loads(folder
 
 
 def test_flags_can_stand_in_a_file_with_comments(folder, tmp_path):
-    (tmp_path / "flags.txt").write_text(f"# a comment\n--model '{folder}/a'   # where\n\n--samples 3 --temperature 0.5\n")
+    (tmp_path / \
+     "flags.txt").write_text(f"# a comment\n--model '{folder}/a'   # where\n\n--samples 3 --temperature 0.5\n")
     args = ev.parse_args([f"@{tmp_path}/flags.txt"])
     assert (args.model, args.samples, args.temperature) == ([f"{folder}/a"], 3, 0.5)

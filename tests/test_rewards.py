@@ -615,3 +615,32 @@ def test_without_math_verify_math_is_one_line_before_its_data(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(rewards.DataError, match="pip install math-verify"):
         rewards.load_rows("math=no-such-file.jsonl", "train")
+
+
+# ------------------------------------------------------------------------------------ code: which program counts
+RIGHT, WRONG = "def f(x):\n    return 2 * x", "def f(x):\n    return 4"
+BLOCK, BAD_BLOCK = f"```python\n{RIGHT}\n```", f"```\n{WRONG}\n```"
+DOUBLE = {"text": "Double it.", "test_list": ["assert f(2) == 4", "assert f(5) == 10"], "test_setup_code": ""}
+
+
+@pytest.mark.parametrize("text, want", [
+    (f"<reasoning>a</reasoning><answer>{RIGHT}</answer>", 1),
+    (f"<reasoning>a</reasoning><answer>\n{BLOCK}\n</answer>", 1),
+    (f"<reasoning>a</reasoning><answer>Here:\n{BAD_BLOCK}\nbetter:\n{BLOCK}\nDone.</answer>", 1),
+    (f"<reasoning>a</reasoning><answer>{BLOCK}\nno:\n{BAD_BLOCK}</answer>", 0),
+    (f"<reasoning>a</reasoning>\n{BLOCK}", 1),
+    (f"<reasoning>\n{BLOCK}\n</reasoning>", 0),
+    (f"<reasoning>\n{BLOCK}\n", 0),
+    (f"<reasoning>a</reasoning>{RIGHT}", 0),
+    (f"<reasoning>a</reasoning><answer></answer>\n{BLOCK}", 0),
+    (f"<reasoning>a</reasoning><answer>{BAD_BLOCK}</answer>\n{BLOCK}", 0),
+    ("<reasoning>a</reasoning><answer>I would double x.</answer>", 0),
+    (f"<reasoning>a</reasoning><answer>```python\n{RIGHT}\n</answer>", 1)])
+def test_the_last_fenced_program_of_the_answer_counts(text, want):
+    assert rewards.correct("code", text, DOUBLE) == want
+
+
+def test_a_batch_of_programs_keeps_its_order():
+    texts = [f"<reasoning>a</reasoning><answer>{p}</answer>" for p in (RIGHT, WRONG, RIGHT, WRONG, WRONG, RIGHT)]
+    scored = rewards.score_batch(["code"] * 6, texts, [DOUBLE] * 6)
+    assert [parts["correct"] for parts in scored] == [1, 0, 1, 0, 0, 1]
