@@ -19,7 +19,7 @@ The solver (steps 1 to 3: `solve`, `solutions`) is exact, with fractions; steps 
     With probability --aim a line is drawn among those that hit, else at random. After a miss it stops with
     probability --give_up, or at --max_lines, and answers with its last line. RL has persistence to teach.
 
-Rows have nums, target, solution, difficulty, trace, trace_answer; sft.jsonl has --traces rows per train problem.
+Rows have nums, target, solution, difficulty, trace, trace_answer; sft.jsonl has --traces rows per problem.
 
     python countdown.py                                   # problems for Qwen2.5-3B, into data/countdown
     python countdown.py @recipes/tiny/countdown.txt       # three small numbers, for a tiny model
@@ -68,7 +68,8 @@ def parse_args(argv=None):
     add("--traces", type=int, default=1, help="rows of sft.jsonl per train problem; 0: no such file")
     add("--seed", type=int, default=0, help="random seed; same seed and flags, same bytes")
     add = parser.add_argument_group("problems").add_argument
-    add("--numbers", type=int, nargs="+", choices=range(2, 7), default=[3, 4], help="numbers per problem, in equal shares")
+    add("--numbers", type=int, nargs="+", choices=range(2, 7), default=[3, 4],
+        help="numbers per problem, in equal shares")
     add("--max_number", type=int, default=99, help="given numbers are 1 to this")
     add("--max_target", type=int, default=99, help="targets are 1 to this")
     add("--min_search", type=float, default=2, help="leave out problems with fewer expressions per hit")
