@@ -1,8 +1,7 @@
 """Scores a second: countdown and gsm8k in one process, math and code over all cores.
 
-python tests/bench/bench_rewards.py
+    python tests/bench/bench_rewards.py
 """
-
 import random
 import sys
 import time
@@ -13,7 +12,7 @@ import rewards  # noqa: E402
 
 
 def countdown_items(n, seed=0):
-    """Completions as a model writes them: a few tries with true and false steps, and an answer that is right about half the time."""
+    """Completions as a model writes them: a few tries, and an answer that is right about half the time."""
     noise = random.Random(seed)
     items = []
     for _ in range(n):
@@ -21,13 +20,8 @@ def countdown_items(n, seed=0):
         lines = [f"{a}+{b}={a + b} {a + b}*{c}={(a + b) * c} no" for _ in range(noise.randint(0, 2))]
         lines.append(f"{a}*{b}={a * b} {a * b}+{c}={a * b + c} ok")
         answer = f"{a}*{b}+{c}" if noise.random() < 0.5 else f"({a}+{b})*{c}"
-        items.append(
-            (
-                "countdown",
-                "<reasoning>" + "\n".join(lines) + f"</reasoning>\n<answer>{answer}</answer>",
-                {"nums": [a, b, c], "target": a * b + c},
-            )
-        )
+        text = "<reasoning>" + "\n".join(lines) + f"</reasoning>\n<answer>{answer}</answer>"
+        items.append(("countdown", text, {"nums": [a, b, c], "target": a * b + c}))
     return items
 
 
@@ -36,16 +30,11 @@ def gsm8k_items(n, seed=0):
     items = []
     for _ in range(n):
         a, b = noise.randint(2, 999), noise.randint(2, 99)
-        text = (f"Each of the {b} boxes holds {a} pens. So there are {a} * {b} = {a * b} pens in all. Two of them break, "
-                f"which leaves {a * b} - 2 = {a * b - 2}.")
+        text = (f"Each of the {b} boxes holds {a} pens. So there are {a} * {b} = {a * b} pens in all. "
+                f"Two of them break, which leaves {a * b} - 2 = {a * b - 2}.")
         answer = noise.choice([f"{a * b - 2}", f"${a * b - 2}", f"{a * b - 2:,} pens", f"{a * b}"])
-        items.append(
-            (
-                "gsm8k",
-                f"<reasoning>{text}</reasoning>\n<answer>{answer}</answer>",
-                {"question": "How many?", "answer": f"#### {a * b - 2}"},
-            )
-        )
+        items.append(("gsm8k", f"<reasoning>{text}</reasoning>\n<answer>{answer}</answer>",
+                      {"question": "How many?", "answer": f"#### {a * b - 2}"}))
     return items
 
 
@@ -62,30 +51,20 @@ def math_items(n, seed=0):
     for _ in range(n):
         a, b = noise.randint(2, 99), noise.choice([2, 3, 5, 7])
         gold, said = (text.format(a=a, b=b, c=a * a * b) for text in noise.choice(pairs))
-        items.append(
-            ("math", f"<reasoning>So.</reasoning>\n<answer>{said}</answer>", {"problem": "Find it.", "answer": gold})
-        )
+        items.append(("math", f"<reasoning>So.</reasoning>\n<answer>{said}</answer>",
+                      {"problem": "Find it.", "answer": gold}))
     return items
 
 
 def code_items(n):
-    row = {
-        "text": "Double it.",
-        "test_list": ["assert f(2) == 4", "assert f('a') == 'aa'", "assert f([]) == []"],
-        "test_setup_code": "",
-    }
-    return [
-        (
-            "code",
-            f"<reasoning>So.</reasoning>\n<answer>\n```python\ndef f(x):\n    return {2 + i % 2} * x  # {i}\n```\n</answer>",
-            row,
-        )
-        for i in range(n)
-    ]
+    row = {"text": "Double it.", "test_list": ["assert f(2) == 4", "assert f('a') == 'aa'", "assert f([]) == []"],
+           "test_setup_code": ""}
+    programs = [f"```python\ndef f(x):\n    return {2 + i % 2} * x  # {i}\n```" for i in range(n)]
+    return [("code", f"<reasoning>So.</reasoning>\n<answer>\n{program}\n</answer>", row) for program in programs]
 
 
 def rate(items):
-    """(scores a second by the clock, scores a second of this process's processor time, share that is right)."""
+    """-> scores a second by the clock, scores a second of this process's processor time, share that is right."""
     clock, processor = time.perf_counter(), time.process_time()
     parts = rewards.score_batch(*zip(*items))
     clock, processor = time.perf_counter() - clock, time.process_time() - processor
@@ -96,8 +75,8 @@ if __name__ == "__main__":
     for name, items in (("countdown", countdown_items(20_000)), ("gsm8k", gsm8k_items(20_000))):
         runs = [rate(items) for _ in range(3)]
         by_clock, by_processor, right = (sorted(column)[1] for column in zip(*runs))
-        print(f"{name:10} {by_clock:9,.0f} scores a second by the clock, {by_processor:9,.0f} a second of processor time, "
-              f"{right:.2f} right")
+        print(f"{name:10} {by_clock:9,.0f} scores a second by the clock, {by_processor:9,.0f} a second of processor "
+              f"time, {right:.2f} right")
     rate(math_items(8, seed=9))  # starts the workers
     for name, items in (("math", math_items(400)), ("code", code_items(100))):
         by_clock, _, right = rate(items)

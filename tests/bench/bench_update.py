@@ -1,92 +1,93 @@
-"""Model FLOPs utilisation of an update of grpo.py and of sft.py: 6 x parameters x tokens (prompts included, padding not), over the
-seconds that an update takes, gradient clipping and the optimiser included, over the rate of a matrix product measured here.
+"""Model FLOPs utilisation of a training step without its sampling, of grpo.py and of sft.py: 6 x parameters x
+tokens (prompts included, padding not), over the seconds of the step, over the rate of a matrix product
+measured here.
 
-A model of the true shape with random weights is trained on random ids, in grpo.py on --group_size completions a prompt. A prompt is
-computed once for those of its completions that are in one micro-batch; so there are two figures: with every completion's prompt
-counted, as one that computes them all would have to, and with only the tokens that are computed. Log-probabilities, entropies, the
-KL's reference pass (with --beta) and the second forward of --activation_checkpointing cost time and are not counted.
+The scripts' own loops run on a model of the true shape with random weights; the sampler and the rows are
+replaced by random ids. Log-probabilities, clipping and the optimiser count as time, and so do the
+reference's pass (with --beta) and the second forward pass of --activation_checkpointing; their FLOPs do
+not.
 
     python tests/bench/bench_update.py                                                       # CPU: the tiny shape
     python tests/bench/bench_update.py --shape qwen2.5-3b --micro_batch_size 16              # GPU
-    python tests/bench/bench_update.py --shape qwen2.5-3b --optim adamw8bit --activation_checkpointing --micro_batch_size 32
-    python tests/bench/bench_update.py --shape qwen2.5-3b --what sft --rows 64 --prompt_length 100 --completion_length 400
+    python tests/bench/bench_update.py --shape qwen2.5-3b --optim adamw8bit --activation_checkpointing
+    python tests/bench/bench_update.py --shape qwen2.5-3b --what sft --rows 64 --completion_length 400
 """
 import argparse
 import random
 import statistics
 import tempfile
-from types import SimpleNamespace
+import time
 
 import shapes
 import torch
 
 import grpo
-import models
 import sft
 
 p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 p.add_argument("--shape", default="tiny", help="of the model; see shapes.py")
 p.add_argument("--what", choices=["grpo", "sft"], nargs="+", default=["grpo", "sft"])
-p.add_argument("--rows", type=int, default=256, help="completions an update")
-p.add_argument("--group_size", type=int, default=8, help="completions a prompt, of grpo.py")
+p.add_argument("--rows", type=int, default=256, help="completions per step")
+p.add_argument("--group_size", type=int, default=8, help="completions per prompt, of grpo.py")
 p.add_argument("--prompt_length", type=int, help="tokens; 150, tiny: 12")
-p.add_argument("--completion_length", type=int, help="tokens at most, a quarter of it at least; 512, tiny: 64")
-p.add_argument("--rounds", type=int, default=5, help="updates of each, after one that is not counted")
+p.add_argument("--completion_length", type=int, help="tokens, each a quarter to all of it; 512, tiny: 64")
+p.add_argument("--rounds", type=int, default=5, help="steps of each, after one that is not counted")
 p.add_argument("--threads", type=int, default=2, help="of the CPU")
-a, more = p.parse_known_args()                                  # the rest are flags of grpo.py and sft.py
-
+a, more = p.parse_known_args()                                  # the others are flags of grpo.py and sft.py
+tiny = a.shape == "tiny"
+prompt, longest = a.prompt_length or (12 if tiny else 150), a.completion_length or (64 if tiny else 512)
 
 device, dtype = shapes.use(a.threads)
-prompt, longest = a.prompt_length or (12 if a.shape == "tiny" else 150), a.completion_length or (64 if a.shape == "tiny" else 512)
 bandwidth, rate = shapes.peaks(device, dtype)
 print(shapes.machine(device, bandwidth, rate))
-rng, vocabulary = random.Random(0), shapes.SHAPES[a.shape][5]
+rng, vocabulary, ends = random.Random(0), shapes.SHAPES[a.shape][5], []
 lengths = [rng.randint(longest // 4, longest) for _ in range(a.rows)]
 
 
-def draw(group):
-    """Rows of ids, of which each `group` have a prompt in common."""
-    prompts = [[rng.randrange(vocabulary) for _ in range(prompt)] for _ in range(0, a.rows, group)]
-    return [prompts[i // group] + [rng.randrange(vocabulary) for _ in range(n)] for i, n in enumerate(lengths)]
+def draw(n):
+    return [rng.randrange(vocabulary) for _ in range(n)]
 
 
-def grpo_update(folder, ids):
-    args = grpo.parse_args(["--model", folder, "--group_size", str(a.group_size), "--max_new_tokens", str(longest), "--beta", "0",
-                            "--warmup", "0", *more])
-    tokenizer, eos_ids, _ = models.load_tokenizer(folder)
-    run = grpo.build(args, tokenizer, eos_ids, [{}] * a.rows, [], device, dtype)
-    rollouts = [grpo.Rollout(i // a.group_size, x[:prompt], x[prompt:], torch.zeros(len(x) - prompt), True, "", {}, rng.choice([-1.0, 1.0]))
-                for i, x in enumerate(ids)]
-    return lambda: grpo.update(run, rollouts, 1.0, 1.0), run.model
+def log(*_):
+    """In place of the scripts' own: keeps when each step has ended."""
+    shapes.sync()
+    ends.append(time.perf_counter())
 
 
-def sft_update(folder, ids):
-    args = sft.parse_args(["--model", folder, "--batch_size", str(a.rows), "--steps", "100", *more])
-    model = models.load_policy(args, device, dtype)
-    logps, optimizer = models.prepare(model, args, dtype), models.Optimizer(model, args)
-    rows, stop = [{"ids": torch.tensor(x), "prompt": prompt} for x in ids], SimpleNamespace(signal=0)
-    model.train()
-    return lambda: sft.train_step(rows, logps, optimizer, device, args, 1, 100, stop), model
+def run_grpo(*flags):
+    prompts = [{"task": "gsm8k", "prompt_ids": draw(prompt)} for _ in range(a.rows // a.group_size)]
+
+    def sample(sampler, tokenizer, data, indices, *_):
+        rollouts = [grpo.Rollout(i, data[i]["prompt_ids"], draw(lengths[i * a.group_size + g]), None, True, "")
+                    for i in indices for g in range(a.group_size)]
+        for r in rollouts:
+            r.logps = torch.zeros(len(r.completion))
+            r.parts = dict.fromkeys(("reward", "correct", "format"), rng.random())
+        return [rollouts[at:at + a.group_size] for at in range(0, a.rows, a.group_size)]
+
+    grpo.read_prompts = lambda sources, *_: prompts if sources else []
+    grpo.sample, grpo.score, grpo.log = sample, lambda *_: None, log
+    grpo.main([*flags, "--prompts_per_step", str(len(prompts)), "--group_size", str(a.group_size),
+               "--max_new_tokens", str(longest), "--max_resample", "0", "--beta", "0", *more])
 
 
-for what in a.what:
-    ids = draw(a.group_size if what == "grpo" else 1)
-    with tempfile.TemporaryDirectory() as folder:
-        shapes.save(a.shape, folder, device, dtype)
-        update, model = {"grpo": grpo_update, "sft": sft_update}[what](folder, ids)
-    lm, took, computed = models.base_lm(model), [], []
-    count = lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel())              # noqa: E731
-    with lm.base_model.register_forward_pre_hook(count, with_kwargs=True):
-        shapes.once(update)
-    for _ in range(a.rounds):
-        took.append(shapes.once(update))
-    size, tokens, median = sum(x.numel() for x in lm.parameters()), sum(map(len, ids)), statistics.median(took)
-    rate = max(rate, shapes.peaks(device, dtype)[1])            # a busy machine is measured twice
-    memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB at the peak" if device.type == "cuda" else ""
-    print(f"{what}.py {' '.join(more)}: {size / 1e6:,.1f} M parameters, {str(dtype)[6:]}, {a.rows} rows of {prompt} + {min(lengths)} to "
-          f"{max(lengths)} tokens: {median:.3f} s an update ({min(took):.3f} to {max(took):.3f}), {tokens / median:,.0f} tokens/s, "
-          f"{6 * size * tokens / median / rate:.1%} of the matrix rate; {sum(computed) / tokens:.0%} of the tokens are computed: "
-          f"{6 * size * sum(computed) / median / rate:.1%}{memory}", flush=True)
-    del update, model, lm
-    torch.cuda.empty_cache()
-    device.type == "cuda" and torch.cuda.reset_peak_memory_stats()
+def run_sft(*flags):
+    rows = [(draw(prompt + n), prompt) for n in lengths]
+    sft.read_rows = lambda sources, *_: rows if sources else []
+    sft.log = log
+    sft.main([*flags, "--batch_size", str(a.rows), *more])
+
+
+for what, run in (("grpo", run_grpo), ("sft", run_sft)):
+    if what in a.what:
+        with tempfile.TemporaryDirectory() as folder:
+            shapes.save(a.shape, f"{folder}/model", device, dtype)
+            run("--model", f"{folder}/model", "--output_dir", f"{folder}/run", "--save_every", "0", "--warmup", "0",
+                "--steps", str(a.rounds + 1))
+        took = [after - before for before, after in zip(ends, ends[1:])]
+        size = sum(x.numel() for x in shapes.make(a.shape, "meta", dtype).parameters())
+        tokens, median = sum(lengths) + prompt * a.rows, statistics.median(took)
+        print(f"{what}.py {' '.join(more)}: {size / 1e6:,.1f} M parameters, {str(dtype)[6:]}, {a.rows} rows of {prompt} + "
+              f"{min(lengths)} to {max(lengths)} tokens: {median:.3f} s a step ({min(took):.3f} to {max(took):.3f}), "
+              f"{tokens / median:,.0f} tokens/s, {6 * size * tokens / median / rate:.1%} of the matrix rate", flush=True)
+        ends.clear()
