@@ -5,14 +5,13 @@ The steps, with the numbers that the code repeats:
  1. A row becomes a chat prompt, by the model's chat template, and its worked completion (rewards.py) with the
     token that ends a turn. They are tokenised apart: a sampler starts from the ids of the prompt alone.
  2. Draw the next rows, in shuffled epochs, and split them into micro-batches of similar length.
- 3. Log-probabilities of the completions' tokens, a chunk of them at a time: no [batch, time, vocabulary] tensor
-    ever exists.
- 4. Loss: their cross-entropy, end token included, over one token count for the whole batch: neither micro-batches
-    nor processes change the gradient.
+ 3. Log-probabilities of the completions' tokens, end token included, a chunk of them at a time.
+ 4. Loss: their cross-entropy, over one token count for the whole batch: neither micro-batches nor processes
+    change the gradient.
  5. Clip the gradient and update the fp32 weights. A gradient that is not finite is skipped.
  6. Log metrics, evaluate on held-out rows, save a checkpoint.
 
-    python sft.py --data countdown=data/countdown/sft.jsonl --steps 1000      # a new model of 0.5 M parameters
+    python sft.py --data countdown=data/countdown/sft.jsonl --steps 1000    # a new model of 0.5 M parameters
     python sft.py --model Qwen/Qwen2.5-3B-Instruct --data gsm8k --lora_rank 32 --merge
     torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen2.5-7B-Instruct --data gsm8k --fsdp
 """
@@ -52,7 +51,7 @@ STOP = []                       # the signals that asked this process to stop
 LOGS = ("metrics.jsonl",)
 HEAD_LOGITS = 2 ** 26           # logits that exist at a time: 256 MB in fp32
 MAY_CHANGE = {"resume", "output_dir", "save_every", "log_to", "micro_batch_size", "merge", "fsdp",
-              "activation_checkpointing", "eval_data", "eval_split", "eval_every"}          # at --resume, as they do not change what is learned
+              "activation_checkpointing", "eval_data", "eval_split", "eval_every"}  # at --resume
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -95,10 +94,10 @@ def add_training_flags(parser, **defaults):
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=FLOAT, help="peak learning rate; LoRA takes ten times that of a whole model")
     add("--warmup", type=NATURAL, help="steps of linear warm-up")
-    add("--lr_schedule", choices=["constant", "linear", "cosine"], help="after the warm-up; the others end at 0")
+    add("--lr_schedule", choices=["constant", "linear", "cosine"], help="after the warm-up; two end at 0")
     add("--max_grad_norm", type=FLOAT, default=1.0, help="clip the gradient to this norm; 0: never")
     add("--optim", choices=["adamw", "adamw8bit", "paged_adamw8bit", "muon"], default="adamw",
-        help="8bit: moments take 2 bytes a parameter, not 8; paged: they may lie on the CPU; muon: for matrices")
+        help="8bit: moments of 2 bytes a parameter, not 8; paged: on the CPU when need be; muon: for matrices")
     add("--muon_lr", type=FLOAT, help="peak learning rate of the layers' matrices under --optim muon")
     add("--micro_batch_size", type=POSITIVE, default=8, help="rows per forward pass: speed and memory only")
     add = parser.add_argument_group("model and memory").add_argument
@@ -123,13 +122,13 @@ def parse_args(argv=None):
     parser = flag_parser()
     add = parser.add_argument_group("task").add_argument
     add("--model", default="tiny", help="checkpoint folder or hub id; tiny: a new model of 0.5 M parameters")
-    add("--data", nargs="+", default=["countdown"], metavar="SOURCE", help="rows with worked answers: TASK[=PATH][:N]")
+    add("--data", nargs="+", default=["countdown"], metavar="SOURCE", help="worked rows: TASK[=PATH][:N]")
     add("--style", choices=rewards.STYLES, default="reasoning", help="name of the reasoning tag")
     add("--max_length", type=at_least(2), default=1024, help="tokens of a row; longer rows are left out")
     add("--steps", type=POSITIVE, help="number of training steps; without it --epochs counts")
     add("--epochs", type=at_least(1e-3, float), default=1.0, help="passes over the data")
     add("--batch_size", type=POSITIVE, default=32, help="rows per step, over all processes")
-    add("--eval_data", nargs="+", default=[], metavar="SOURCE", help="held-out rows, for loss and token accuracy")
+    add("--eval_data", nargs="+", default=[], metavar="SOURCE", help="held-out rows, for loss and accuracy")
     add("--eval_split", default="val", help="of --eval_data: train, val or test")
     add("--eval_every", type=NATURAL, default=0, help="steps between evaluations; 0: after the last one")
     add_training_flags(parser, warmup=0, lr_schedule="cosine", muon_lr=1e-2, save_every=500)
@@ -143,29 +142,24 @@ def parse_args(argv=None):
 
 # ----------------------------------------------------------------------------------------- rows
 def end_token(tokenizer):
-    """The id that ends an assistant's turn: the first special token after its text, which need not be the eos."""
+    """The id that ends an assistant's turn: the first special token after its text, be it eos or not."""
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "the text ends here"}]
     tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(chat[1]["content"])[2]
-    ids = [*tokenizer(tail, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    return next((i for i in ids if i in tokenizer.all_special_ids), None)
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    return next((i for i in ids if i in tokenizer.all_special_ids), tokenizer.eos_token_id)
 
 
 def read_rows(sources, split, args, tokenizer):
-    """Rows of all sources as (ids [T] of prompt, completion and end token, length of the prompt), without those of
-    more than --max_length ids."""
+    """Rows of all sources as (ids [T] of prompt, completion and end token; how many are the prompt's), but for
+    those of more than --max_length ids."""
     rows = [row for source in sources for row in rewards.load_rows(source, split)]
-    prompts = prompt_ids(tokenizer, [rewards.messages(row["task"], row, args.style) for row in rows])
     texts = [rewards.worked_completion(row["task"], row, args.style) for row in rows]
-    if not texts:
-        return []
-    end = end_token(tokenizer)
-    if end is None:
-        fail(f"--model {args.model}: neither its chat template nor its tokenizer has a token that ends a turn")
-    completions = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    prompts = prompt_ids(tokenizer, [rewards.messages(row["task"], row, args.style) for row in rows])
+    completions, end = tokenizer(texts, add_special_tokens=False)["input_ids"], end_token(tokenizer)
     encoded = [(torch.tensor(p + c + [end]), len(p)) for p, c in zip(prompts, completions)]
     kept = [row for row in encoded if len(row[0]) <= args.max_length]
     if len(kept) < len(rows):
-        note(f"{len(rows) - len(kept)} of {len(rows)} rows are longer than --max_length {args.max_length}: left out")
+        note(f"--max_length {args.max_length}: {len(rows) - len(kept)} of {len(rows)} rows are left out")
     if not kept:
         fail(f"--max_length {args.max_length}: every row is longer")
     return kept
@@ -179,33 +173,35 @@ def draw_order(n, seed, start, count):
 
 
 def micro_batches(rows, size):
-    """This process's share of the rows, `size` at a time: ids [n, L], prompt_lengths [n], mask [n, T] of completions.
+    """This process's share of the rows, `size` at a time: ids [n, L], prompt_lengths [n], mask [n, T].
 
-    Sorted by length, so that little is padding; the longest first, so that too little memory shows at once. Masks go
-    by lengths, as pad and end may be one token. Every rank gets as many rows, with spare ones that have no completion."""
+    Sorted by length, so that little is padding, the longest first, so that too little memory shows at once. The
+    mask goes by lengths, as pad may be the end token. All ranks get as many rows; spare ones have no completion."""
     ids = rows[0][0]
     rows = sorted(rows + [(ids, len(ids))] * (-len(rows) % WORLD), key=lambda row: -len(row[0]))[RANK::WORLD]
     for at in range(0, len(rows), size):
         part = rows[at:at + size]
-        yield (pad_sequence([ids for ids, _ in part], batch_first=True), torch.tensor([start for _, start in part]),
-               pad_sequence([torch.ones(len(ids) - start) for ids, start in part], batch_first=True))
+        masks = pad_sequence([torch.ones(len(ids) - start) for ids, start in part], batch_first=True)
+        ids = pad_sequence([ids for ids, _ in part], batch_first=True)
+        yield ids, torch.tensor([start for _, start in part]), masks
 
 
 # ----------------------------------------------------------------------------------------- a new model
 def tiny_tokenizer():
-    """A token for each number up to 99, each tag and word of Countdown; bytes for other text, which is not changed."""
+    """A token for each number up to 99, each tag and word of Countdown; bytes for any other text."""
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
     words = ["Numbers: [", ", ", "]\nTarget: ", " ok", " no"]
     words += [f"<{slash}{tag}>" for tag in (*rewards.STYLES, "answer") for slash in ("", "/")]
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     whole = [as_bytes.pre_tokenize_str(word)[0][0] for word in words] + [str(n) for n in range(10, 100)]
     vocab = {token: i for i, token in enumerate(special + sorted(as_bytes.alphabet()) + whole)}
-    bpe = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))  # a piece in the vocabulary is one token
+    bpe = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))      # a known piece is one token
     pieces = Regex("|".join(map(re.escape, words)) + "|[0-9]+")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), as_bytes])
     bpe.decoder = decoders.ByteLevel()
-    template = ("{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-                "{% if add_generation_prompt %}<|assistant|>{% endif %}")  # it cannot read instructions
+    template = ("{% for m in messages if m.role != 'system' %}"     # it cannot read instructions
+                "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+                "{% if add_generation_prompt %}<|assistant|>{% endif %}")
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token=special[0], eos_token=special[1], extra_special_tokens=special[2:],
         clean_up_tokenization_spaces=False, chat_template=template)
@@ -215,9 +211,9 @@ def tiny_model(tokenizer, seed):
     """0.5 M random parameters, but for the embeddings of the numbers: sines and cosines of their value."""
     torch.manual_seed(seed)
     lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=2048, initializer_range=0.08, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=2048, initializer_range=0.08, tie_word_embeddings=True,
+        bos_token_id=None,eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     angle = torch.arange(100)[:, None] * math.pi / 64 ** torch.linspace(0, 1, 64)   # periods of 2 to 128
     numbers = tokenizer.convert_tokens_to_ids([str(n) for n in range(100)])
     lm.get_input_embeddings().weight.data[numbers] = 0.11 * torch.cat([angle.sin(), angle.cos()], 1)
@@ -231,16 +227,17 @@ def load_tokenizer(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         config = transformers.AutoConfig.from_pretrained(name).get_text_config()
     except Exception as err:  # of a dozen types, for what is one thing to the user
-        fail(f"--model {name}: not a folder with a model, nor a hub id that can be reached ({str(err)[:200]})")
+        fail(f"--model {name}: not a model's folder, nor a hub id that can be reached ({str(err)[:200]})")
     if not tokenizer.chat_template:
-        fail(f"--model {name}: its tokenizer has no chat template; add chat_template.jinja to the model's folder")
+        fail(f"--model {name}: its tokenizer has no chat template; add chat_template.jinja to its folder")
     return tokenizer, getattr(config, "max_position_embeddings", math.inf)
 
 
 def prompt_ids(tokenizer, chats):
     """The ids of each chat, a list of turns, up to where the assistant's next turn begins."""
     try:
-        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+        render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+        texts = [render(chat) for chat in chats]
     except Exception as err:  # whatever a template raises, or does not compile
         fail(f"--model {tokenizer.name_or_path}: its chat template does not take the prompt ({err})")
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
@@ -250,23 +247,24 @@ def load_lm(name, device, dtype, load_in_4bit=False):
     """The causal language model `name` in eval mode, in `dtype` or in nf4."""
     options = {"dtype": dtype, "output_loading_info": True}
     if load_in_4bit:
-        options |= {"device_map": {"": device}, "quantization_config": transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+        options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
+        options["device_map"] = {"": device}
     try:
         lm, found = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
-    except Exception as err:                    # a damaged file, a missing package, an unknown model, no memory
+    except Exception as err:  # a damaged file, a missing package, an unknown model, no memory
         fail(f"--model {name}: cannot be loaded ({str(err)[:200]})")
     if found["missing_keys"]:  # transformers puts random numbers in their place
         fail(f"--model {name}: its files lack weights ({', '.join(sorted(found['missing_keys']))[:200]})")
     for module in lm.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):       # it repacks 4-bit weights, which breaks training them
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # repacks 4-bit weights, which breaks their training
             module.support_avx512bf16_for_cpu = False
     return lm.to(device).eval()
 
 
 def load_policy(args, device, dtype):
-    """The model to train, whole in fp32 (an update of 5e-7 would vanish in bf16) or a LoRA adapter in fp32 on a frozen
-    base -> the model, the transformers model in it, completion_logps of it at the right precision."""
+    """The model to train, whole in fp32 (an update of 5e-7 would vanish in bf16) or a LoRA adapter in fp32 on a
+    frozen base -> the model, the transformers model in it, completion_logps of it at the right precision."""
     if args.load_in_4bit and not args.lora_rank:
         fail("--load_in_4bit needs --lora_rank: 4-bit weights do not train")
     if args.fsdp and (WORLD == 1 or args.lora_rank or args.optim != "adamw"):
@@ -281,28 +279,25 @@ def load_policy(args, device, dtype):
         model = lm = load_lm(args.model, "cpu" if args.fsdp else device, torch.float32)
     if args.activation_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
+
     lm.logps = partial(completion_logps, lm)
     if args.fsdp:  # fp32 shards; a layer is gathered in `dtype` to run
-        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for module in (*lm.base_model.layers, lm):
-            fully_shard(module, mp_policy=precision)
+            fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
         register_fsdp_forward_method(lm, "logps")
-
-    def logps(*inputs):                                         # with a cache all weights would exist twice
-        with torch.autocast(lm.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
-            return lm.logps(*inputs)
-
-    return model, lm, logps
+    # autocast's cache would hold a second copy of all weights
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
+    return model, lm, autocast(lm.logps)
 
 
 def completion_logps(lm, ids, prompt_lengths, mask, temperature=1.0, chunk=HEAD_LOGITS):
     """Of the completions in ids, [n, T] each and 0 where mask is: log-probabilities at `temperature`; without
     gradient, entropies, and 1 where an id is the likeliest.
 
-    ids [n, L]: prompt + completion, right-padded (causal attention needs no mask); prompt_lengths [n]; mask [n, T].
-    At most `chunk` logits exist at once, of completion positions only; the backward pass computes them again."""
+    ids [n, L]: prompt + completion, right-padded (causal attention needs no mask); prompt_lengths [n]; mask
+    [n, T]. At most `chunk` logits exist at once, of completions only; the backward pass computes them again."""
     def head(h, targets):
-        logps = (lm.get_output_embeddings()(h).float() / temperature).log_softmax(-1)   # [m, V], bf16 is too coarse
+        logps = (lm.get_output_embeddings()(h).float() / temperature).log_softmax(-1)   # [m, V]; bf16: noise
         frozen = logps.detach()                 # entropies of `logps` itself would keep their gradient
         return (logps.gather(1, targets[:, None]).squeeze(1), -(frozen.exp() * frozen).sum(-1),
                 (frozen.argmax(-1) == targets).float())
@@ -323,8 +318,8 @@ def completion_logps(lm, ids, prompt_lengths, mask, temperature=1.0, chunk=HEAD_
 
 @torch.no_grad()
 def refresh(plain, lm):
-    """Copy what the policy `lm` amounts to as one plain model into `plain`, in place: 4-bit weights dequantised,
-    shards gathered (collective), an adapter's B A scaling added in fp32 to its base, which stays as it is."""
+    """Copy what the policy `lm` amounts to as one plain model into `plain`, in place: 4-bit weights are
+    dequantised, shards gathered (collective), an adapter's delta added in fp32 to its base, which stays."""
     if plain is lm:
         return
     target = dict(plain.named_parameters())
@@ -343,20 +338,22 @@ def refresh(plain, lm):
 
 
 def learning_rate(step, steps, warmup, schedule):
-    """The factor on the peak learning rate at step 1, 2, ...; a falling schedule reaches 0 after the last step."""
+    """The factor on the peak learning rate at step 1, 2, ...; falling schedules reach 0 after the last step."""
     if step <= warmup:
         return step / warmup
     progress = (step - 1 - warmup) / max(1, steps - warmup)
-    return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[schedule]
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return {"constant": 1.0, "linear": 1 - progress, "cosine": cosine}[schedule]
 
 
 def make_optimizers(model, args):
     """The optimisers of all trained parameters, at peak learning rates."""
     matrices, rest = [], []
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            is_matrix = args.optim == "muon" and p.ndim == 2 and ".layers." in name
-            (matrices if is_matrix else rest).append(p)
+        if args.optim == "muon" and p.ndim == 2 and ".layers." in name and p.requires_grad:
+            matrices.append(p)
+        elif p.requires_grad:
+            rest.append(p)
     if "8bit" in args.optim:
         import bitsandbytes
         make = bitsandbytes.optim.PagedAdamW8bit if "paged" in args.optim else bitsandbytes.optim.AdamW8bit
@@ -368,8 +365,8 @@ def make_optimizers(model, args):
 
 
 def update(optimizers, factor, args, usable):
-    """Sum gradients over processes, clip, make one update at `factor` times the peak learning rates -> the gradient's
-    norm before clipping. Where that is not finite, or not `usable`, no weight changes."""
+    """Sum gradients over processes, clip, make one update at `factor` times the peak learning rates -> norm of
+    the gradient before clipping. Where that is not finite, or not `usable`, no weight changes."""
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     for p in parameters:
         if p.grad is None:                                      # another process may have one
@@ -388,28 +385,20 @@ def update(optimizers, factor, args, usable):
     return norm
 
 
-def peak_memory_gb():
-    """Of the GPU, or of this process where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
 # ----------------------------------------------------------------------------------------- processes, signals
 def start_processes(dtype):
     """Join torchrun's other processes, if there are any -> this one's device, the compute dtype."""
-    cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     if WORLD > 1:  # ranks may wait for hours while one samples or saves
         store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(hours=12)))
         # after a restart torchrun's store still holds the addresses of the start before
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
-                                timeout=store.timeout)
-    dtype = {"auto": "bfloat16" if cuda else "float32"}.get(dtype, dtype)
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    return device, getattr(torch, dtype)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=store.timeout)
+    return device, getattr(torch, {"auto": "bfloat16" if cuda else "float32"}.get(dtype, dtype))
 
 
 def gather(x):
@@ -432,67 +421,57 @@ def catch_signals():
         signal.signal(number, keep)
 
 
-def check_stop():
-    """Raise KeyboardInterrupt(number) on every rank if a signal came to any. Collective."""
-    numbers = sum(gather(STOP), [])
-    if numbers:
-        raise KeyboardInterrupt(numbers[0])
-
-
 # ----------------------------------------------------------------------------------------- files
 def open_run(args, defaults):
     """Take hold of --output_dir -> the state of the newest checkpoint in it that loads, or None for a new run.
 
-    Refuses a folder that another process holds, or that holds a run, unless --resume comes with the flags of that
-    run (a flag missing in its args.json had its default). What was written after the checkpoint goes."""
-    out, state = Path(args.output_dir), None
+    Refuses a folder that another process holds, or that holds a run, unless --resume comes with that run's flags
+    (one that it did not know had its default). What was written after the checkpoint is removed."""
+    out, state, unfinished = Path(args.output_dir), None, [Path(args.output_dir, "tmp-checkpoint")]
     out.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
         try:                                                    # this lock dies with its process
             fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"--output_dir {out} is in use by another run: take another folder")
-    steps = sorted(int(path.name[11:]) for path in out.glob("checkpoint-*"))
-    if not args.resume and (steps or list(out.glob("*config.json"))):
-        fail(f"--output_dir {out} holds a run: add --resume to continue it, or remove the folder to start again")
-    if steps:
+    checkpoints = sorted(out.glob("checkpoint-*"), key=lambda folder: int(folder.name[11:]))
+    if not args.resume and (checkpoints or list(out.glob("*config.json"))):
+        fail(f"--output_dir {out} holds a run: add --resume to continue it, or remove the folder")
+    while checkpoints and not state:
+        folder = checkpoints.pop()
         try:
-            before = json.loads((out / "args.json").read_text())
-            changed = [name for name, value in vars(args).items()
-                       if name not in MAY_CHANGE and before.get(name, getattr(defaults, name)) != value]
-        except (OSError, ValueError, AttributeError) as err:
-            fail(f"--resume: {out}/args.json, the flags of the run, cannot be read ({err})")
+            state = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu", mmap=True)
+        except Exception as err:  # of many types: cut off, missing, something else
+            note(f"{folder} is damaged ({type(err).__name__}): trying the checkpoint before it")
+            unfinished.append(folder)
+            if not checkpoints:
+                fail(f"--resume: no checkpoint in {out} loads; remove the folder to start again")
+    if state:
+        changed = [name for name, value in vars(args).items()
+                   if name not in MAY_CHANGE and state["args"].get(name, getattr(defaults, name)) != value]
         if changed:
             fail(f"--resume: not the flags of the run in {out}: --{', --'.join(changed)}")
-    while steps and state is None:
-        trainer = out / f"checkpoint-{steps.pop()}" / "trainer.pt"
-        try:
-            state = torch.load(trainer, weights_only=True, map_location="cpu", mmap=True)
-        except Exception as err:  # of many types: cut off, missing, something else
-            note(f"{trainer} is damaged ({type(err).__name__}): trying the checkpoint before it")
-            if not steps:
-                fail(f"--resume: no checkpoint in {out} loads; remove the folder to start again")
+
     gather(0)                                                   # every rank has looked
     if RANK == 0:
+        for folder in unfinished:
+            shutil.rmtree(folder, ignore_errors=True)
         for name in LOGS:
             with open(out / name, "ab") as f:
                 f.truncate(min(f.tell(), state[name] if state else 0))
-        for folder in [*out.glob("checkpoint-*"), *out.glob("tmp-*")]:
-            if not (state and folder.name[:10] == "checkpoint" and int(folder.name[11:]) <= state["step"]):
-                shutil.rmtree(folder)
         (out / "args.json").write_text(json.dumps(vars(args), indent=1))
     return state
 
 
 def save_checkpoint(out, state, save_model):
-    """OUT/checkpoint-<step>: a model folder, and in trainer.pt all else that a run is. Written under another name, then
-    renamed, so that a kill at any moment leaves the older ones whole. The newest two stay. On rank 0."""
+    """OUT/checkpoint-<step>: a model folder, and in trainer.pt all else that a run is. It is renamed when it is
+    complete, so that a kill at any moment leaves the older ones whole. The newest two stay. On rank 0."""
     out = Path(out)
     folder, tmp = out / f"checkpoint-{state['step']}", out / "tmp-checkpoint"
     try:
         save_model(tmp)
         torch.save(state | {name: (out / name).stat().st_size for name in LOGS}, tmp / "trainer.pt")
-    except Exception as err:                                    # a full disk, in the words of each library
+    except Exception as err:  # a full disk, in the words of each library
         shutil.rmtree(tmp, ignore_errors=True)
         fail(f"cannot write {folder} ({err}): make room, then --resume")
     shutil.rmtree(folder, ignore_errors=True)
@@ -516,23 +495,20 @@ def open_board(args):
     from torch.utils.tensorboard import SummaryWriter
     if args.log_to == "wandb":
         import wandb
-        wandb.init(project=Path(__file__).stem, name=args.output_dir, config=vars(args), sync_tensorboard=True)
+        wandb.init(name=args.output_dir, config=vars(args), sync_tensorboard=True)
     return SummaryWriter(args.output_dir)
 
 
 def log(args, board, metrics):
-    """A line of metrics.jsonl, and points on the board's curves. On rank 0."""
+    """Write a line of metrics.jsonl, and points on the board's curves. On rank 0."""
     if RANK == 0:
         append(Path(args.output_dir) / "metrics.jsonl", [metrics])
-    for name, value in metrics.items() if board else ():
-        board.add_scalar(name, value, metrics["step"])
+    if board:
+        for name, value in metrics.items():
+            board.add_scalar(name, value, metrics["step"])
 
 
 # ----------------------------------------------------------------------------------------- the loop
-LINE = ("step {step}/{steps}  loss {loss:.4f}  accuracy {token_accuracy:.3f}  grad {grad_norm:.2f}  "
-        "{tokens_per_s:.0f} tokens/s  {left} left")
-
-
 def train(args):
     device, dtype = start_processes(args.dtype)
     # 1. Rows of ids.
@@ -540,33 +516,36 @@ def train(args):
     if args.max_length > context:
         fail(f"--max_length {args.max_length}: the context of {args.model} is {context} tokens")
     data = read_rows(args.data, "train", args, tokenizer)
-    held_out = read_rows(args.eval_data, args.eval_split, args, tokenizer)
+    held_out = read_rows(args.eval_data, args.eval_split, args, tokenizer) if args.eval_data else []
     steps = args.steps or math.ceil(args.epochs * len(data) / args.batch_size)
     state, board = open_run(args, parse_args([])), open_board(args)
 
     with tempfile.TemporaryDirectory() as folder:
-        if args.model == "tiny":
+        source = argparse.Namespace(**vars(args))
+        if args.model == "tiny":                                # a checkpoint like any other
+            source.model = folder
             tiny_model(tokenizer, args.seed).save_pretrained(folder)
-            args.model = folder                                 # from here on nothing knows that it is tiny
-        policy, lm, policy_logps = load_policy(args, device, dtype)
+        policy, lm, policy_logps = load_policy(source, device, dtype)
         plain = lm  # what is saved: the policy, or a copy in `dtype`
         if args.fsdp or args.merge or dtype != torch.float32 and not args.lora_rank:
-            plain = load_lm(args.model, "meta" if RANK else "cpu", dtype)
-    for config in (lm.generation_config, plain.generation_config):  # stops where the completions end, and can be saved
+            plain = load_lm(source.model, "meta" if RANK else "cpu", dtype)
+    for config in (lm.generation_config, plain.generation_config):      # it stops at the end of a turn
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         config.eos_token_id = sorted({*ends, end_token(tokenizer)} - {None})
+        # settings of sampling without it cannot be saved
         config.do_sample = bool(config.do_sample or config.temperature or config.top_p or config.top_k)
     optimizers = make_optimizers(policy, args)
-    done = {"step": 0, "evaluated": 0}                          # the last step, that of the last evaluation
+    done = {"step": 0, "evaluated": 0, "saved": 0}              # the last step; the last steps that ...
     if state:
-        set_state_dict(policy, optimizers, model_state_dict=state["weights"], optim_state_dict=state["optimizers"],
-                       options=StateDictOptions(full_state_dict=True, strict=False))
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_state_dict(policy, optimizers, model_state_dict=state["weights"],
+                       optim_state_dict=state["optimizers"], options=options)
         done = {name: state[name] for name in done}
-    state = None
+    state = None                                                # frees it
 
-    def save_model(folder):                                     # as transformers and peft load it
-        (policy if args.lora_rank else plain).save_pretrained(folder)
-        lm.generation_config.save_pretrained(folder)
+    def save_model(folder, model=policy if args.lora_rank else plain):
+        model.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)         # of an adapter peft saves none
         tokenizer.save_pretrained(folder)
 
     def save():
@@ -574,11 +553,13 @@ def train(args):
         trained, moments = get_state_dict(policy, optimizers, options=whole)            # collective
         if not args.lora_rank:
             refresh(plain, lm)                                                          # collective
+        done["saved"] = done["step"]
         if RANK == 0:
-            save_checkpoint(args.output_dir, done | {"weights": trained, "optimizers": moments}, save_model)
+            state = done | {"args": vars(args), "weights": trained, "optimizers": moments}
+            save_checkpoint(args.output_dir, state, save_model)
 
     def forward(batch):
-        """-> [3] cross-entropy of the completions, how many of their tokens are the likeliest, how many there are."""
+        """-> [3] sums over the completions' tokens: cross-entropy, 1 where a token is the likeliest, 1."""
         ids, prompt_lengths, mask = (x.to(device) for x in batch)
         logp, _, hit = policy_logps(ids, prompt_lengths, mask)
         return torch.stack([-logp.sum(), hit.sum(), mask.sum()]).double()
@@ -596,7 +577,7 @@ def train(args):
             done["evaluated"] = done["step"]
 
     catch_signals()
-    began, first_step, saved, shown = time.perf_counter(), done["step"] + 1, done["step"], 0
+    began, first_step = time.perf_counter(), done["step"] + 1
     try:
         evaluate()
         for step in range(first_step, steps + 1):
@@ -615,7 +596,10 @@ def train(args):
                 # 4. Loss and its gradient. FSDP takes the mean over the processes.
                 (part[0] * (WORLD if args.fsdp else 1) / num_tokens).backward()
                 sums += part.detach()
-            loss, right, _ = sum(gather(sums.cpu())).tolist()
+            shares, signals = zip(*gather((sums.cpu(), STOP)))
+            if any(signals):                                    # this step is left undone, on all ranks
+                raise KeyboardInterrupt(max(signals)[0])
+            loss, right, _ = sum(shares).tolist()
             # 5. Clip the gradient and update the weights.
             norm = update(optimizers, factor, args, usable=math.isfinite(loss))
 
@@ -626,31 +610,28 @@ def train(args):
             metrics = {"step": step, "loss": loss / num_tokens, "token_accuracy": right / num_tokens,
                        "lr": args.lr * factor, "grad_norm": norm, "skipped": int(skipped), "tokens": tokens,
                        "tokens_per_s": tokens / (now - started), "step_seconds": now - started,
-                       "peak_memory_gb": peak_memory_gb()}
+                       "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 or
+                       resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}  # this process
             log(args, board, metrics)
-            if now - shown > 5 or step == steps:
-                left = tqdm.format_interval((now - began) / (step - first_step + 1) * (steps - step))
-                note(LINE.format_map(metrics | {"steps": steps, "left": left}))
-                shown = now
+            left = tqdm.format_interval((now - began) / (step - first_step + 1) * (steps - step))
+            note("step {step}/{}  loss {loss:.4f}  accuracy {token_accuracy:.3f}  grad {grad_norm:.2f}  "
+                 "{tokens_per_s:.0f} tokens/s  {} left".format(steps, left, **metrics))
             if skipped:
-                note(f"warning: the gradient of step {step} is not finite and was not used")
+                note(f"warning: the gradient of step {step} was not finite and not used: lower --lr")
             evaluate()
             if args.save_every and step % args.save_every == 0:
                 save()
-                saved = step
-            check_stop()
     except KeyboardInterrupt as stopped:
-        if saved < done["step"]:
+        if done["saved"] < done["step"]:
             save()
         gather(0)                                               # torchrun ends all processes when one leaves
-        note(f"stopped after step {done['step']} of {steps}: continue with the same command and --resume")
+        note(f"stopped after step {done['step']} of {steps}: repeat the command with --resume to continue")
         raise SystemExit(128 + stopped.args[0]) from None
     refresh(plain, lm)
     if RANK == 0:
         save_model(args.output_dir)
         if args.merge:
-            plain.save_pretrained(Path(args.output_dir) / "merged")
-            tokenizer.save_pretrained(Path(args.output_dir) / "merged")
+            save_model(Path(args.output_dir) / "merged", plain)
 
 
 def main(argv=None):
@@ -664,8 +645,8 @@ def main(argv=None):
     except ImportError as err:
         fail(f"these flags need a package that is not installed: pip install {err.name}")
     except torch.OutOfMemoryError:
-        fail("out of GPU memory: lower --micro_batch_size, or take --activation_checkpointing, --optim paged_adamw8bit, "
-             "--lora_rank 32 or --load_in_4bit; then --resume")
+        fail("out of GPU memory: lower --micro_batch_size, or take --activation_checkpointing, "
+             "--lora_rank 32, --optim paged_adamw8bit or --load_in_4bit; then --resume")
     except (OSError, SafetensorError) as err:                   # a full disk, most of all
         fail(f"--output_dir {args.output_dir}: {err}")
     except KeyboardInterrupt:
