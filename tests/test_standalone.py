@@ -24,8 +24,8 @@ OWN = {"draw", "main", "micro_batches", "parse_args", "train"}
 
 ARC = [{"question": f"Which of these is {i}?", "answerKey": "B",
         "choices": {"text": ["none", str(i), "all"], "label": ["A", "B", "C"]}} for i in range(4)]
-# Runs commands [folder, script, flags ...] in one interpreter, each in its folder with modules of its own, as if
-# by `python script.py`. Prints the exit code of each and what it wrote to stderr.
+# Runs commands [folder, script, flags ...] in one interpreter, each in its folder with modules of its own, as
+# `python script.py` would. Prints the exit code of each and what it wrote to stderr.
 DRIVER = """
 import contextlib, io, json, os, runpy, sys
 for folder, script, *flags in json.loads(sys.stdin.read()):
@@ -80,8 +80,8 @@ def test_each_script_does_its_work_with_rewards_alone(tmp_path):
     trained = [f"{folder}/run" for folder in folders[:2]]
     run = ["--data", *data, "--steps", "2", "--save_every", "1", "--output_dir", "run"]
     sft = [folders[0], "sft.py", "--model", "tiny", *run, "--batch_size", "6", "--max_length", "400"]
-    grpo = [folders[1], "grpo.py", "--model", trained[0], *run, "--prompts_per_step", "6", "--group_size", "2",
-            "--max_new_tokens", "8", "--max_resample", "0"]
+    grpo = [folders[1], "grpo.py", "--model", trained[0], *run, "--prompts_per_step", "6",
+            "--group_size", "2", "--max_new_tokens", "8", "--max_resample", "0"]
     evaluation = [folders[2], "eval.py", "--model", *trained, "--data", *data, "--max_new_tokens", "8",
                   "--output", "results.json"]
     codes, said = together([sft, grpo, evaluation], tmp_path)

@@ -2,9 +2,9 @@
 child process, on a model of the true shape with random weights and on made-up rows. No completion of such
 a model ends: lengths are the limit, and memory the most.
 
-    python tests/bench/bench_memory.py                           # GPU: all recipes, tens of GB of disk for a while
+    python tests/bench/bench_memory.py                      # GPU: all recipes, tens of GB of disk for a while
     python tests/bench/bench_memory.py --only smollm2            # those with that in their path
-    python tests/bench/bench_memory.py --shape tiny --more --max_new_tokens 32       # CPU: that everything runs
+    python tests/bench/bench_memory.py --shape tiny --more --max_new_tokens 32   # CPU: that everything runs
 """
 import argparse
 import json
@@ -19,9 +19,12 @@ import shapes
 import torch
 
 # flag file, shape of its model, GB of the GPU that it is made for
-STAGES = [("smollm2-135m-gsm8k/grpo.txt", "smollm2-135m", 8), ("qwen2.5-3b-qlora-gsm8k/grpo.txt", "qwen2.5-3b", 24),
-          ("qwen2.5-3b-countdown/grpo.txt", "qwen2.5-3b", 48), ("qwen2.5-7b-r1/sft.txt", "qwen2.5-7b", 94),
-          ("qwen2.5-7b-r1/grpo.txt", "qwen2.5-7b", 94), ("qwen2.5-14b-rlvr/grpo.txt", "qwen2.5-14b", 80)]
+STAGES = [("smollm2-135m-gsm8k/grpo.txt", "smollm2-135m", 8),
+          ("qwen2.5-3b-countdown/grpo.txt", "qwen2.5-3b", 48),
+          ("qwen2.5-3b-qlora-gsm8k/grpo.txt", "qwen2.5-3b", 24),
+          ("qwen2.5-7b-r1/sft.txt", "qwen2.5-7b", 94),
+          ("qwen2.5-7b-r1/grpo.txt", "qwen2.5-7b", 94),
+          ("qwen2.5-14b-rlvr/grpo.txt", "qwen2.5-14b", 80)]
 
 p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 p.add_argument("--only", default="", help="part of a flag file's path")

@@ -57,14 +57,14 @@ def math_items(n, seed=0):
 
 
 def code_items(n):
-    row = {"text": "Double it.", "test_list": ["assert f(2) == 4", "assert f('a') == 'aa'", "assert f([]) == []"],
-           "test_setup_code": ""}
+    row = {"text": "Double it.", "test_setup_code": "",
+           "test_list": ["assert f(2) == 4", "assert f('a') == 'aa'", "assert f([]) == []"]}
     programs = [f"```python\ndef f(x):\n    return {2 + i % 2} * x  # {i}\n```" for i in range(n)]
-    return [("code", f"<reasoning>So.</reasoning>\n<answer>\n{program}\n</answer>", row) for program in programs]
+    return [("code", f"<reasoning>So.</reasoning>\n<answer>{program}</answer>", row) for program in programs]
 
 
 def rate(items):
-    """-> scores a second by the clock, scores a second of this process's processor time, share that is right."""
+    """-> scores a second by the clock, scores a second of this process's CPU time, share that is right."""
     clock, processor = time.perf_counter(), time.process_time()
     parts = rewards.score_batch(*zip(*items))
     clock, processor = time.perf_counter() - clock, time.process_time() - processor
@@ -75,8 +75,8 @@ if __name__ == "__main__":
     for name, items in (("countdown", countdown_items(20_000)), ("gsm8k", gsm8k_items(20_000))):
         runs = [rate(items) for _ in range(3)]
         by_clock, by_processor, right = (sorted(column)[1] for column in zip(*runs))
-        print(f"{name:10} {by_clock:9,.0f} scores a second by the clock, {by_processor:9,.0f} a second of processor "
-              f"time, {right:.2f} right")
+        print(f"{name:10} {by_clock:9,.0f} scores a second by the clock, {by_processor:9,.0f} a second of "
+              f"processor time, {right:.2f} right")
     rate(math_items(8, seed=9))  # starts the workers
     for name, items in (("math", math_items(400)), ("code", code_items(100))):
         by_clock, _, right = rate(items)

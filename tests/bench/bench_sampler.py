@@ -6,9 +6,9 @@ Useful tokens are those up to a completion's end. With --mean_length, a random s
 completion; without, all are --max_new_tokens long. Both sample from the model's own distribution (no
 top-k, no top-p), the same prompts in one batch, alternately; drawing the noise counts.
 
-    python tests/bench/bench_sampler.py                               # CPU: 16 prompts x 16, limit 160, mean 40
-    python tests/bench/bench_sampler.py --model runs/tiny-grpo        # a checkpoint, its own ends, Countdown prompts
-    python tests/bench/bench_sampler.py --shape qwen2.5-3b            # GPU: 32 prompts x 8, 512 tokens each
+    python tests/bench/bench_sampler.py                          # CPU: 16 prompts x 16, limit 160, mean 40
+    python tests/bench/bench_sampler.py --model runs/tiny-grpo   # a checkpoint, its own ends, Countdown
+    python tests/bench/bench_sampler.py --shape qwen2.5-3b       # GPU: 32 prompts x 8, 512 tokens each
     python tests/bench/bench_sampler.py --shape qwen2.5-3b --mean_length 330
 """
 import argparse
@@ -41,8 +41,8 @@ device, dtype = shapes.use(a.threads)
 torch.manual_seed(0)
 if a.model:
     model, rng = grpo.load_lm(a.model, device, dtype), random.Random(0)
-    tokenizer, ends = grpo.load_tokenizer(a.model)[0], []
-    rows = [{"nums": [rng.randint(1, 12) for _ in range(3)], "target": rng.randint(1, 40)} for _ in range(a.prompts)]
+    tokenizer = grpo.load_tokenizer(a.model)[0]
+    rows = [{"nums": rng.choices(range(1, 13), k=3), "target": rng.randint(1, 40)} for _ in range(a.prompts)]
     prompts = grpo.prompt_ids(tokenizer, [rewards.messages("countdown", row) for row in rows])
     ends = [tokenizer.eos_token_id]
 else:
@@ -65,9 +65,9 @@ def theirs(seed):
     ids = torch.tensor([[0] * (width - len(x)) + x for x in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts], device=device)
     model.set_attn_implementation("sdpa")
-    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                         repetition_penalty=1.0, eos_token_id=ends or None, num_return_sequences=a.group_size,
-                         max_new_tokens=a.max_new_tokens, pad_token_id=0)[:, width:]
+    out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
+                         top_p=1.0, repetition_penalty=1.0, eos_token_id=ends or None, pad_token_id=0,
+                         num_return_sequences=a.group_size, max_new_tokens=a.max_new_tokens)[:, width:]
     model.set_attn_implementation("grpo")
     ended = torch.isin(out, torch.tensor(ends, dtype=torch.long, device=device))
     return torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1]).tolist()
@@ -76,9 +76,11 @@ def theirs(seed):
 bandwidth, rate = shapes.peaks(device, dtype)
 print(shapes.machine(device, bandwidth, rate))
 size = sum(x.numel() for x in model.parameters())
-print(f"{a.model or a.shape}: {size / 1e6:,.1f} M parameters, {str(dtype)[6:]}; {a.prompts} prompts of at most {width} x "
-      f"{a.group_size}, at most {a.max_new_tokens} tokens; {a.rounds} alternating rounds", flush=True)
-found, starts, lengths = {"Sampler": [], "generate": []}, [len(x) for x in prompts for _ in range(a.group_size)], []
+print(f"{a.model or a.shape}: {size / 1e6:,.1f} M parameters, {str(dtype)[6:]};",
+      f"{a.prompts} prompts of at most {width} x {a.group_size}, at most {a.max_new_tokens} tokens;",
+      f"{a.rounds} rounds in turn", flush=True)
+starts = [len(x) for x in prompts for _ in range(a.group_size)]
+found, lengths = {"Sampler": [], "generate": []}, []
 for seed in range(a.rounds + 1):
     for name, run in (("Sampler", ours), ("generate", theirs)):
         took = shapes.once(lambda: lengths.append(run(seed)))
@@ -86,10 +88,11 @@ for seed in range(a.rounds + 1):
         if seed:
             found[name].append((sum(lengths[-1]) / took, least / took, statistics.mean(lengths[-1])))
         elif name == "Sampler":
-            print(f"Sampler: {'CUDA' if sampler.graphs else 'no'} graphs, the first time {took:.1f} s", flush=True)
+            print(f"Sampler: CUDA graphs {sampler.graphs}, first call {took:.1f} s", flush=True)
 for name, rounds in found.items():
     rates, shares, means = zip(*rounds)
-    print(f"{name:8}  median {statistics.median(rates):,.0f} useful tokens/s  ({min(rates):,.0f} to {max(rates):,.0f}), "
-          f"mean completion {statistics.mean(means):.1f} tokens, {statistics.median(shares):.1%} of the limit")
+    median, share = statistics.median(rates), statistics.median(shares)
+    print(f"{name:8}  median {median:,.0f} useful tokens/s  ({min(rates):,.0f} to {max(rates):,.0f}), "
+          f"mean completion {statistics.mean(means):.1f} tokens, {share:.1%} of the limit")
 ours, theirs = (statistics.median(rate for rate, *_ in rounds) for rounds in found.values())
 print(f"Sampler against generate: {ours / theirs:.2f}")

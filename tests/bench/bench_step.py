@@ -13,8 +13,8 @@ backward pass for those); it never ends a completion, or does so at random (--me
     python tests/bench/bench_step.py --prompts 16 --group_size 16 --max_new_tokens 80 --mean_length 30
     python tests/bench/bench_step.py --model runs/tiny-sft --prompts 16 --group_size 16 --max_new_tokens 80
     python tests/bench/bench_step.py --against ../older-checkout --no_trl
-    python tests/bench/bench_step.py --shape qwen2.5-3b --prompts 32 --prompt_length 150 --max_new_tokens 512 \\
-        --micro_batch_size 8 --steps 4
+    python tests/bench/bench_step.py --shape qwen2.5-3b --prompts 32 --prompt_length 150 \\
+        --max_new_tokens 512 --micro_batch_size 8 --steps 4
 """
 import argparse
 import json
@@ -40,7 +40,7 @@ p.add_argument("--shape", default="tiny", help="of the made model; see shapes.py
 p.add_argument("--against", metavar="DIR", help="also measure the grpo.py of this older checkout")
 p.add_argument("--no_trl", action="store_true", help="leave TRL out")
 p.add_argument("--prompt_length", type=int, help="tokens of made-up prompts; without it, Countdown problems")
-p.add_argument("--continuous_batching", action="store_true", help="TRL generates by transformers' engine for it")
+p.add_argument("--continuous_batching", action="store_true", help="TRL generates by transformers' engine")
 p.add_argument("--steps", type=int, default=8, help="of each, after two that are not counted")
 p.add_argument("--prompts", type=int, default=8, help="per step")
 p.add_argument("--group_size", type=int, default=8, help="completions per prompt")
@@ -101,10 +101,11 @@ def same_for_all(model):
 
 def work_grpo(folder, model):
     import grpo
-    flags = ["--model", model, "--data", f"countdown={folder}", "--weights", *WEIGHTS, "--loss", "dapo", "--beta", 0,
-             "--prompts_per_step", a.prompts, "--group_size", a.group_size, "--max_new_tokens", a.max_new_tokens,
-             "--micro_batch_size", a.micro_batch_size, "--max_resample", 0, "--lr", 1e-6, "--warmup", 0,
-             "--steps", a.steps + 9, "--save_every", 10 ** 6, "--output_dir", f"{folder}/{os.getpid()}"]
+    flags = ["--model", model, "--data", f"countdown={folder}", "--weights", *WEIGHTS, "--loss", "dapo",
+             "--beta", 0, "--prompts_per_step", a.prompts, "--group_size", a.group_size, "--max_resample", 0,
+             "--max_new_tokens", a.max_new_tokens, "--micro_batch_size", a.micro_batch_size, "--lr", 1e-6,
+             "--warmup", 0, "--steps", a.steps + 9, "--save_every", 10 ** 6,
+             "--output_dir", f"{folder}/{os.getpid()}"]
     if hasattr(grpo, "train_step"):                             # a checkout from before grpo.py stood alone
         def train_step(run, step, real=grpo.train_step):
             metrics, first = real(run, step)
@@ -129,8 +130,9 @@ def work_trl(folder, model):
     def reward(prompts, completion_ids, index, **_):
         """The scoring of grpo.py, on the same ids."""
         texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        scored = rewards.score_batch(["countdown"] * len(texts), texts, [rows[i] for i in index], weights=weights,
-                                     n_tokens=list(map(len, completion_ids)))
+        tasks, n_tokens = ["countdown"] * len(texts), list(map(len, completion_ids))
+        asked = [rows[i] for i in index]
+        scored = rewards.score_batch(tasks, texts, asked, weights=weights, n_tokens=n_tokens)
         return [parts["reward"] for parts in scored]
 
     class Turns(transformers.TrainerCallback):
@@ -139,14 +141,16 @@ def work_trl(folder, model):
                 turn(logs["completions/mean_length"], logs["frac_reward_zero_std"])
 
     config = trl.GRPOConfig(
-        output_dir=f"{folder}/trl", use_cpu=device.type == "cpu", bf16=dtype == torch.bfloat16, report_to="none",
-        gradient_checkpointing=False, save_strategy="no", eval_strategy="no", disable_tqdm=True, logging_steps=1,
-        max_steps=a.steps + 9, per_device_train_batch_size=a.micro_batch_size, seed=0,
-        gradient_accumulation_steps=a.prompts * a.group_size // a.micro_batch_size, num_generations=a.group_size,
-        num_iterations=1, max_completion_length=a.max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, beta=0.0,
-        loss_type="dapo", scale_rewards="group", epsilon=0.2, learning_rate=1e-6, lr_scheduler_type="constant",
-        warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch_fused",
-        use_transformers_continuous_batching=a.continuous_batching)
+        output_dir=f"{folder}/trl", max_steps=a.steps + 9, seed=0,
+        use_cpu=device.type == "cpu", bf16=dtype == torch.bfloat16, gradient_checkpointing=False,
+        report_to="none", save_strategy="no", eval_strategy="no", disable_tqdm=True, logging_steps=1,
+        per_device_train_batch_size=a.micro_batch_size,
+        gradient_accumulation_steps=a.prompts * a.group_size // a.micro_batch_size,
+        num_generations=a.group_size, num_iterations=1, max_completion_length=a.max_new_tokens,
+        temperature=1.0, top_k=0, top_p=1.0, use_transformers_continuous_batching=a.continuous_batching,
+        loss_type="dapo", scale_rewards="group", epsilon=0.2, beta=0.0, max_grad_norm=1.0,
+        learning_rate=1e-6, lr_scheduler_type="constant", warmup_steps=0, optim="adamw_torch_fused",
+        weight_decay=0.0)
     lm = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     trl.GRPOTrainer(model=lm, processing_class=tokenizer, args=config, reward_funcs=reward,
                     train_dataset=datasets.Dataset.from_list(turns), callbacks=[Turns()]).train()
@@ -190,27 +194,27 @@ if not a.no_trl:
 with tempfile.TemporaryDirectory() as folder:
     if not a.model:
         shapes.save(a.shape, f"{folder}/model", device, dtype)
-    subprocess.run([sys.executable, shapes.ROOT / "countdown.py", "--out", folder, "--train", "500", "--test", "1",
-                    "--traces", "0", "--numbers", "3", "--max_number", "12", "--max_target", "40"],
-                   check=True, capture_output=True)
+    flags = "--train 500 --test 1 --traces 0 --numbers 3 --max_number 12 --max_target 40".split()
+    subprocess.run([sys.executable, shapes.ROOT / "countdown.py", "--out", folder, *flags], check=True,
+                   capture_output=True)
     for name, checkout in checkouts.items():                    # the first step, which loads and compiles
         children[name] = subprocess.Popen(
-            [sys.executable, __file__, *sys.argv[1:], "--work", folder, checkout], text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=open(Path(folder, name), "w"))
+            [sys.executable, __file__, *sys.argv[1:], "--work", folder, checkout], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(Path(folder, name), "w"))
         reply(name)
     steps = [{name: make_step(name) for name in checkouts} for _ in range(1 + a.steps)][1:]
     for child in children.values():
         child.kill()
         child.wait()
 print(shapes.machine(device, *shapes.peaks(device, dtype)))
-print(f"{a.model or a.shape}: {a.prompts} prompts x {a.group_size}, at most {a.max_new_tokens} tokens; {a.steps} steps "
-      "of each, in turn")
+print(f"{a.model or a.shape}: {a.prompts} prompts x {a.group_size}, at most {a.max_new_tokens} tokens;",
+      f"{a.steps} steps of each, in turn")
 medians = {}
 for name in checkouts:
     seconds, lengths, dead = zip(*(step[name] for step in steps))
     medians[name] = statistics.median(seconds)
-    print(f"{name:8} median {medians[name]:.3f} s a step  ({min(seconds):.3f} to {max(seconds):.3f}), "
-          f"mean completion {statistics.mean(lengths):.1f} tokens, {statistics.mean(dead):.0%} of the groups dead")
+    print(f"{name:8} median {medians[name]:.3f} s a step  ({min(seconds):.3f} to {max(seconds):.3f}),",
+          f"mean length {statistics.mean(lengths):.1f} tokens, {statistics.mean(dead):.0%} of groups dead")
 for name in list(checkouts)[1:]:
     by_step = statistics.median(step[name][0] / step["grpo.py"][0] for step in steps)
     print(f"{name} against grpo.py: {medians[name] / medians['grpo.py']:.2f}  (step by step: {by_step:.2f})")

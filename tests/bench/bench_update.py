@@ -7,8 +7,8 @@ replaced by random ids. Log-probabilities, clipping and the optimiser count as t
 reference's pass (with --beta) and the second forward pass of --activation_checkpointing; their FLOPs do
 not.
 
-    python tests/bench/bench_update.py                                                       # CPU: the tiny shape
-    python tests/bench/bench_update.py --shape qwen2.5-3b --micro_batch_size 16              # GPU
+    python tests/bench/bench_update.py                                              # CPU: the tiny shape
+    python tests/bench/bench_update.py --shape qwen2.5-3b --micro_batch_size 16     # GPU
     python tests/bench/bench_update.py --shape qwen2.5-3b --optim adamw8bit --activation_checkpointing
     python tests/bench/bench_update.py --shape qwen2.5-3b --what sft --rows 64 --completion_length 400
 """
@@ -58,12 +58,11 @@ def run_grpo(*flags):
     prompts = [{"task": "gsm8k", "prompt_ids": draw(prompt)} for _ in range(a.rows // a.group_size)]
 
     def sample(sampler, tokenizer, data, indices, *_):
-        rollouts = [grpo.Rollout(i, data[i]["prompt_ids"], draw(lengths[i * a.group_size + g]), None, True, "")
-                    for i in indices for g in range(a.group_size)]
-        for r in rollouts:
-            r.logps = torch.zeros(len(r.completion))
-            r.parts = dict.fromkeys(("reward", "correct", "format"), rng.random())
-        return [rollouts[at:at + a.group_size] for at in range(0, a.rows, a.group_size)]
+        groups = [[] for _ in indices]
+        for n, (i, group) in zip(lengths, zip(indices * a.group_size, groups * a.group_size)):
+            parts = dict.fromkeys(("reward", "correct", "format"), rng.random())
+            group.append(grpo.Rollout(i, data[i]["prompt_ids"], draw(n), torch.zeros(n), True, "", parts))
+        return groups
 
     grpo.read_prompts = lambda sources, *_: prompts if sources else []
     grpo.sample, grpo.score, grpo.log = sample, lambda *_: None, log
@@ -72,7 +71,7 @@ def run_grpo(*flags):
 
 
 def run_sft(*flags):
-    rows = [(draw(prompt + n), prompt) for n in lengths]
+    rows = [(torch.tensor(draw(prompt + n)), prompt) for n in lengths]
     sft.read_rows = lambda sources, *_: rows if sources else []
     sft.log = log
     sft.main([*flags, "--batch_size", str(a.rows), *more])
@@ -82,12 +81,14 @@ for what, run in (("grpo", run_grpo), ("sft", run_sft)):
     if what in a.what:
         with tempfile.TemporaryDirectory() as folder:
             shapes.save(a.shape, f"{folder}/model", device, dtype)
-            run("--model", f"{folder}/model", "--output_dir", f"{folder}/run", "--save_every", "0", "--warmup", "0",
-                "--steps", str(a.rounds + 1))
+            run("--model", f"{folder}/model", "--output_dir", f"{folder}/run", "--save_every", "0",
+                "--steps", str(a.rounds + 1), "--warmup", "0")
         took = [after - before for before, after in zip(ends, ends[1:])]
         size = sum(x.numel() for x in shapes.make(a.shape, "meta", dtype).parameters())
         tokens, median = sum(lengths) + prompt * a.rows, statistics.median(took)
-        print(f"{what}.py {' '.join(more)}: {size / 1e6:,.1f} M parameters, {str(dtype)[6:]}, {a.rows} rows of {prompt} + "
-              f"{min(lengths)} to {max(lengths)} tokens: {median:.3f} s a step ({min(took):.3f} to {max(took):.3f}), "
-              f"{tokens / median:,.0f} tokens/s, {6 * size * tokens / median / rate:.1%} of the matrix rate", flush=True)
+        share = 6 * size * tokens / median / rate
+        print(f"{what}.py {' '.join(more)}: {size / 1e6:,.1f} M parameters, {str(dtype)[6:]},",
+              f"{a.rows} rows of {prompt} + {min(lengths)} to {max(lengths)} tokens:",
+              f"{median:.3f} s a step ({min(took):.3f} to {max(took):.3f}),",
+              f"{tokens / median:,.0f} tokens/s, {share:.1%} of the matrix rate", flush=True)
         ends.clear()

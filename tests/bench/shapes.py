@@ -1,4 +1,4 @@
-"""What the benchmarks share: models of the true shapes with random weights, and the peak rates of the machine.
+"""What the benchmarks share: models of the true shapes with random weights, and the machine's peak rates.
 Import it before torch: it says how threads wait."""
 import os
 import statistics
@@ -15,7 +15,8 @@ sys.path.insert(0, str(ROOT))
 
 # hidden size, MLP size, layers, heads, key-value heads, vocabulary, tied embeddings
 SHAPES = {"tiny": (128, 256, 3, 4, 4, 361, True), "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True),
-          "qwen2.5-3b": (2048, 11008, 36, 16, 2, 151936, True), "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, False),
+          "qwen2.5-3b": (2048, 11008, 36, 16, 2, 151936, True),
+          "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, False),
           "qwen2.5-14b": (5120, 13824, 48, 40, 8, 152064, False)}
 
 
@@ -30,9 +31,10 @@ def make(shape, device, dtype):
     """A causal LM with random weights, in eval mode. It has no end token."""
     hidden, mlp, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]
     kind = transformers.Qwen2Config if "qwen" in shape else transformers.LlamaConfig
-    config = kind(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
-                  num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied,
-                  max_position_embeddings=32768, initializer_range=0.08 if shape == "tiny" else 0.02,
+    config = kind(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+                  num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary,
+                  tie_word_embeddings=tied, max_position_embeddings=32768,
+                  initializer_range=0.08 if shape == "tiny" else 0.02,
                   bos_token_id=None, eos_token_id=None, pad_token_id=None)
     torch.manual_seed(0)
     with torch.device(device):
@@ -85,16 +87,16 @@ def machine(device, bandwidth, rate):
 
 
 def limit(model, starts, lengths, steps, bandwidth, rate):
-    """The least seconds in which `steps` steps decode lengths[i] tokens after starts[i] tokens in row i, the larger
-    of two times: each step reads the weights, and the keys and values of the rows alive, once; each token costs
-    2 FLOPs per parameter and those of its attention."""
+    """The least seconds in which `steps` steps decode lengths[i] tokens after starts[i] tokens in row i. The
+    larger of two times: each step reads the weights, and the keys and values of the rows alive, once; each
+    token costs 2 FLOPs per parameter and those of its attention."""
     config = model.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size, itemsize = sum(x.numel() for x in model.parameters()), model.dtype.itemsize
     if not config.tie_word_embeddings:
         size -= model.get_input_embeddings().weight.numel()     # of which a step reads a few rows
     layers = config.num_hidden_layers
-    seen = sum(start * n + n * (n + 1) / 2 for start, n in zip(starts, lengths, strict=True))  # attended columns
+    seen = sum(start * n + n * (n + 1) / 2 for start, n in zip(starts, lengths, strict=True))
     cached = seen * 2 * layers * config.num_key_value_heads * head
     flops = 2 * size * sum(lengths) + 4 * layers * config.num_attention_heads * head * seen
     return max((steps * size + cached) * itemsize / bandwidth, flops / rate)
