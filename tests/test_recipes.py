@@ -23,7 +23,7 @@ FILES = sorted((ROOT / "recipes").glob("*/*.txt"))
 SCRIPTS = {"countdown": countdown, "sft": sft, "grpo": grpo, "eval": evaluation}  # in the order of the stages
 
 ROWS = {  # columns of the data sets that a source stands for
-    "gsm8k": toys.GSM8K,
+    "gsm8k": [row for row in toys.GSM8K if row["answer"][0] != "#"],    # with worked steps, as sft.py needs
     "math": [{"problem": f"Double ${a}$.", "solution": f"It is $\\boxed{{{2 * a}}}$.", "answer": str(2 * a),
               "subject": "Algebra", "level": 1} for a in (2, 3, 5, 8)],
     "numina": [{"problem": f"Halve ${2 * a}$.", "solution": f"So $\\boxed{{{a}}}$."} for a in (2, 3, 5, 8)],

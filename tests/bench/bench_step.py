@@ -56,10 +56,10 @@ WEIGHTS = ["correct=1", "format=0.1"]
 
 
 # ----------------------------------------------------------------------------------------- a child
-def turn(length, dead):
+def turn(length, dead, sampling=0.0):
     """After each step: say that it is done, and wait to be told to make the next."""
     shapes.sync()
-    print(json.dumps([length, dead]), file=REPLIES, flush=True)
+    print(json.dumps([length, dead, sampling]), file=REPLIES, flush=True)
     if not sys.stdin.readline():
         os._exit(0)
 
@@ -106,15 +106,19 @@ def work_grpo(folder, model):
              "--max_new_tokens", a.max_new_tokens, "--micro_batch_size", a.micro_batch_size, "--lr", 1e-6,
              "--warmup", 0, "--steps", a.steps + 9, "--save_every", 10 ** 6,
              "--output_dir", f"{folder}/{os.getpid()}"]
+
+    def log(args, board, metrics):
+        turn(metrics["completion_length"], metrics["frac_reward_zero_std"], metrics["sample_seconds"])
+
     if hasattr(grpo, "train_step"):                             # a checkout from before grpo.py stood alone
         def train_step(run, step, real=grpo.train_step):
             metrics, first = real(run, step)
-            turn(metrics["completion_length"], metrics["frac_reward_zero_std"])
+            log(None, None, metrics)
             return metrics, first
 
         grpo.train_step, flags = train_step, [*flags, "--curriculum_floor", 1]
     else:
-        grpo.log = lambda args, board, m: turn(m["completion_length"], m["frac_reward_zero_std"])
+        grpo.log = log
     grpo.main([str(flag) for flag in flags])
 
 
@@ -171,7 +175,7 @@ if a.work:
 
 # ----------------------------------------------------------------------------------------- the parent
 def reply(name):
-    """Wait for the end of this child's step -> mean completion length, share of dead groups."""
+    """Wait for the end of this child's step -> mean length, share of dead groups, seconds of sampling."""
     line = children[name].stdout.readline()
     if not line:
         sys.exit(f"bench_step.py: {name} ended:\n{Path(folder, name).read_text()[-2000:]}")
@@ -179,7 +183,7 @@ def reply(name):
 
 
 def make_step(name):
-    """-> seconds of this child's next step, mean completion length, share of dead groups."""
+    """-> seconds of this child's next step, and its reply."""
     started = time.perf_counter()
     print(file=children[name].stdin, flush=True)
     found = reply(name)
@@ -211,9 +215,10 @@ print(f"{a.model or a.shape}: {a.prompts} prompts x {a.group_size}, at most {a.m
       f"{a.steps} steps of each, in turn")
 medians = {}
 for name in checkouts:
-    seconds, lengths, dead = zip(*(step[name] for step in steps))
-    medians[name] = statistics.median(seconds)
-    print(f"{name:8} median {medians[name]:.3f} s a step  ({min(seconds):.3f} to {max(seconds):.3f}),",
+    seconds, lengths, dead, sampling = zip(*(step[name] for step in steps))
+    medians[name], sampled = statistics.median(seconds), statistics.median(sampling)
+    samples = f", sampling {sampled:.3f} s of it" if sampled else ""    # TRL does not tell
+    print(f"{name:8} median {medians[name]:.3f} s a step  ({min(seconds):.3f} to {max(seconds):.3f}){samples},",
           f"mean length {statistics.mean(lengths):.1f} tokens, {statistics.mean(dead):.0%} of groups dead")
 for name in list(checkouts)[1:]:
     by_step = statistics.median(step[name][0] / step["grpo.py"][0] for step in steps)
