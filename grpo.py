@@ -3,26 +3,25 @@
 One step of the loop in train(), with the numbers that the code repeats:
 
  1. Draw prompts, in shuffled epochs.
- 2. Sample a group of G completions for each. Token ids are kept end to end, never re-tokenised; end tokens are trained.
- 3. Score every completion with rewards.py. A dead group, whose rewards are all equal, carries no gradient:
-    fresh prompts replace it, up to --max_resample times (DAPO, arXiv 2503.14476, section 3.2).
+ 2. Sample a group of G completions for each. Token ids are never re-tokenised; end tokens are trained.
+ 3. Score every completion (rewards.py). A dead group, whose rewards are all equal, carries no gradient: fresh
+    prompts replace it, up to --max_resample times (DAPO, arXiv 2503.14476, section 3.2).
  4. Advantage: (reward - mean of its group) / std of its group (GRPO, arXiv 2402.03300, section 4.1.2).
- 5. Log-probabilities of the sampled ids under the reference and the policy, at the sampling temperature,
-    a chunk of positions at a time: no [batch, time, vocabulary] tensor ever exists.
- 6. Clipped policy loss, plus --beta times the k3 estimate of the KL to the frozen reference. It is normalised
-    by a count over the whole step: neither micro-batches nor processes change the update.
+ 5. Log-probabilities of the sampled ids under the reference and the policy, at the sampling temperature, in
+    chunks: no [batch, time, vocabulary] tensor ever exists.
+ 6. Clipped policy loss, plus --beta times the k3 estimate of the KL to the frozen reference, normalised by a
+    count over the whole step: neither micro-batches nor processes change the update.
  7. Clip the gradient, update the fp32 weights, refresh the copy of them that the sampler reads.
  8. Log metrics and samples, evaluate on held-out rows, save a checkpoint.
 
-Departures from the paper: the loss is a mean over tokens (--loss grpo is the paper's), beta is small, dead groups are
-replaced, and the old log-probabilities are the policy's own, as the sampler's kernels round differently.
+Unlike in the paper, the loss is a mean over tokens (see --loss), beta is small, dead groups are replaced, and
+the old log-probabilities are the policy's own, as the sampler's kernels round differently.
 
     python grpo.py --model Qwen/Qwen2.5-3B-Instruct                 # Countdown on one GPU with the defaults
     python grpo.py @recipes/tiny/grpo.txt                           # minutes on two CPU cores
     torchrun --nproc_per_node 8 grpo.py --model ... --data gsm8k    # eight GPUs
 """
 import argparse
-import contextlib
 import fcntl
 import json
 import math
@@ -37,23 +36,19 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm, trange
-from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 import rewards
 
@@ -61,9 +56,9 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 STOP = []                       # the signals that asked this process to stop
 LOGS = ("metrics.jsonl", "samples.jsonl")
 HEAD_LOGITS = 2 ** 26           # logits that exist at a time: 256 MB in fp32
-PARTS = ("loss", "kl", "clip_low", "clip_high", "entropy", "logp_gap", "grad_norm", "skipped")
-MAY_CHANGE = {"resume", "output_dir", "save_every", "log_to", "micro_batch_size", "sample_batch_size", "merge",
-              "fsdp", "activation_checkpointing", "offload_reference"}    # at --resume: none changes what is learned
+PARTS = ("loss", "kl", "clip_low", "clip_high", "entropy", "logp_gap", "grad_norm")
+MAY_CHANGE = {"resume", "output_dir", "save_every", "log_to", "micro_batch_size", "sample_batch_size", "fsdp",
+              "merge", "activation_checkpointing", "offload_reference"}  # at --resume: they change no update
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -106,10 +101,10 @@ def add_training_flags(parser, **defaults):
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=FLOAT, help="peak learning rate; LoRA takes ten times that of a whole model")
     add("--warmup", type=NATURAL, help="steps of linear warm-up")
-    add("--lr_schedule", choices=["constant", "linear", "cosine"], help="after the warm-up; the others end at 0")
+    add("--lr_schedule", choices=["constant", "linear", "cosine"], help="after the warm-up; two end at 0")
     add("--max_grad_norm", type=FLOAT, default=1.0, help="clip the gradient to this norm; 0: never")
     add("--optim", choices=["adamw", "adamw8bit", "paged_adamw8bit", "muon"], default="adamw",
-        help="8bit: moments take 2 bytes a parameter, not 8; paged: they may lie on the CPU; muon: for matrices")
+        help="8bit: moments of 2 bytes a parameter, not 8; paged: on the CPU if need be; muon: for matrices")
     add("--muon_lr", type=FLOAT, help="peak learning rate of the layers' matrices under --optim muon")
     add("--micro_batch_size", type=POSITIVE, default=8, help="rows per forward pass: speed and memory only")
     add = parser.add_argument_group("model and memory").add_argument
@@ -118,8 +113,7 @@ def add_training_flags(parser, **defaults):
     add("--load_in_4bit", action="store_true", help="QLoRA: keep the frozen base in nf4")
     add("--merge", action="store_true", help="LoRA: also write merged/, the base with the adapter merged in")
     add("--activation_checkpointing", action="store_true", help="less memory, about a third slower")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="of compute (weights train in fp32); auto: bfloat16 on a GPU, float32 on a CPU")
+    add("--dtype", choices=["float32", "bfloat16"], help="of compute; None: bfloat16 on a GPU, else float32")
     add("--fsdp", action="store_true", help="shard a whole model over torchrun's processes (FSDP2)")
     add = parser.add_argument_group("files and logs").add_argument
     add("--output_dir", default=f"runs/{Path(__file__).stem}", help="final model, checkpoints, logs")
@@ -135,13 +129,11 @@ def parse_args(argv=None):
     add = parser.add_argument_group("task").add_argument
     add("--model", required=True, help="checkpoint folder or hub id")
     add("--data", nargs="+", default=["countdown"], metavar="SOURCE", help="prompts: TASK[=PATH][:N]")
-    add("--pass_rate", nargs=2, type=FLOAT, default=[0.0, 1.0], metavar=("LOW", "HIGH"),
-        help="keep rows whose pass_rate lies within; eval.py --samples 8 writes files with that column")
+    add("--pass_rate", nargs=2, type=FLOAT, default=[0.0, 1.0], help="keep rows with a pass_rate within")
     add("--style", choices=rewards.STYLES, default="reasoning", help="name of the reasoning tag")
     add("--weights", nargs="+", default=[f"{part}={w}" for part, w in rewards.WEIGHTS.items()],
         metavar="PART=WEIGHT", help="of the parts of the reward; parts that are not named weigh 0")
-    add("--length_penalty", nargs=2, type=NATURAL, default=list(rewards.LENGTH), metavar=("START", "END"),
-        help="tokens over which the length part falls from 0 to -1")
+    add("--length_penalty", nargs=2, type=NATURAL, default=list(rewards.LENGTH), help="its tokens, START END")
     add("--eval_data", nargs="+", default=[], metavar="SOURCE", help="held-out rows, answered greedily")
     add("--eval_split", default="test", help="of --eval_data: train, val or test")
     add("--eval_every", type=POSITIVE, default=50, help="steps between evaluations")
@@ -167,18 +159,16 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-# ----------------------------------------------------------------------------------------- pure functions
 def advantages(rewards, group_size, scale="group"):
     """[N] rewards, a group's completions side by side -> [N] advantages: r - mean(group), over a std.
 
-    scale: `group` (GRPO, arXiv 2402.03300, section 4.1.2), `batch` (one std for all, 2508.08221), `none` (Dr. GRPO,
-    2503.20783). A group of equal rewards gets exactly 0, whatever rounding makes of its mean."""
+    scale: `group` (arXiv 2402.03300, section 4.1.2), `batch` (one std, 2508.08221), `none` (2503.20783).
+    A group of equal rewards gets exactly 0, whatever rounding makes of its mean."""
     r = rewards.float().view(-1, group_size)                            # [N / G, G]
     centred = r - r.mean(1, keepdim=True)
-    if scale == "group":
-        centred = centred / (r.std(1, keepdim=True) + 1e-4)
-    elif scale == "batch":
-        centred = centred / (r.std() + 1e-4)
+    if scale != "none":
+        std = r.std(1, keepdim=True) if scale == "group" else r.std()
+        centred = centred / (std + 1e-4)
     equal = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)          # [N / G, 1]
     return centred.masked_fill(equal, 0.0).view(-1)
 
@@ -187,21 +177,21 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, *, loss="dapo", clip_low=0.
                 num_tokens, num_seqs, max_new_tokens):
     """One micro-batch's share of the step's loss, to be minimised: the shares add up to the loss of the step.
 
-    logp, old_logp, ref_logp: [n, T] log-probabilities of the sampled ids (ref_logp may be None when beta is 0);
+    logp, old_logp, ref_logp: [n, T] log-probabilities of the sampled ids (ref_logp: None when beta is 0);
     adv: [n]; mask: [n, T], 1 on trained tokens; num_tokens, num_seqs: of the whole step, over all processes.
       grpo     mean over a sequence's tokens, then over sequences     arXiv 2402.03300, eq. 3
       dr_grpo  sum over tokens / (sequences * max_new_tokens)         arXiv 2503.20783, section 3.2
       dapo     mean over all tokens of the step                       arXiv 2503.14476, eq. 8
       cispo    REINFORCE weighted by the capped, detached ratio       arXiv 2506.13585, eq. 4
       gspo     one ratio per sequence, its tokens' geometric mean     arXiv 2507.18071, eqs. 5-7
-    Returns the loss and its parts, which add up too. The loss needs a gradient only where a term of it does: none
-    where all advantages and beta are 0, until you add a term of your own to per_token."""
+    Returns the loss and its parts, which add up too. Where all advantages and beta are 0, the loss has no
+    gradient, until you add a term of your own to per_token."""
     log_ratio = logp - old_logp                                         # [n, T]
     lengths = mask.sum(1, keepdim=True).clamp(min=1)                    # [n, 1]
     if loss == "gspo":
         log_ratio = (log_ratio * mask).sum(1, keepdim=True) / lengths   # [n, 1]
     ratio, adv = log_ratio.exp(), adv[:, None]                          # [n, T] or [n, 1], [n, 1]
-    per_token, kl = torch.zeros_like(logp), torch.zeros_like(logp)      # [n, T]
+    per_token = kl = torch.zeros_like(logp)                             # [n, T]
     if adv.any() and loss == "cispo":
         per_token = -ratio.clamp(max=1 + clip_high).detach() * adv * logp
     elif adv.any():                                                     # PPO, arXiv 1707.06347, eq. 7
@@ -212,18 +202,17 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, *, loss="dapo", clip_low=0.
     norm = {"grpo": lengths * num_seqs, "gspo": lengths * num_seqs, "dapo": num_tokens, "cispo": num_tokens,
             "dr_grpo": num_seqs * max_new_tokens}[loss]
     total = (per_token * mask / norm).sum()
-    parts = {"loss": total, "kl": (kl * mask).sum() / num_tokens,
-             "clip_low": ((ratio < 1 - clip_low) * (adv < 0) * mask).sum() / num_tokens,
-             "clip_high": ((ratio > 1 + clip_high) * (adv > 0) * mask).sum() / num_tokens}
-    return total, {name: value.detach() for name, value in parts.items()}
+    parts = {"kl": kl, "clip_low": (ratio < 1 - clip_low) * (adv < 0),
+             "clip_high": (ratio > 1 + clip_high) * (adv > 0)}
+    parts = {name: (x * mask).sum().detach() / num_tokens for name, x in parts.items()}
+    return total, parts | {"loss": total.detach()}
 
 
 def learning_rate(step, steps, warmup, schedule):
-    """The factor on the peak learning rate at step 1, 2, ...; a falling schedule reaches 0 after the last step."""
-    if step <= warmup:
-        return step / warmup
+    """The factor on the peak learning rate at step 1, 2, ...; a falling one is 0 after the last step."""
     progress = (step - 1 - warmup) / max(1, steps - warmup)
-    return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[schedule]
+    falls = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return step / warmup if step <= warmup else falls[schedule]
 
 
 def draw_order(n, seed, start, count):
@@ -234,29 +223,28 @@ def draw_order(n, seed, start, count):
 
 
 def completion_logps(lm, ids, prompt_lengths, mask, temperature=1.0, chunk=HEAD_LOGITS):
-    """Of the completions in ids, [n, T] each and 0 where mask is: log-probabilities at `temperature`; without
-    gradient, entropies, and 1 where an id is the likeliest.
+    """Log-probabilities of the completions' ids at `temperature`; without gradient, entropies, and 1 where an
+    id is the likeliest: [n, T] each, 0 where the mask is.
 
-    ids [n, L]: prompt + completion, right-padded (causal attention needs no mask); prompt_lengths [n]; mask [n, T].
-    At most `chunk` logits exist at once, of completion positions only; the backward pass computes them again."""
+    ids [n, L]: prompt, completion, padding (needs no mask, as attention is causal);
+    prompt_lengths [n]; mask [n, T]. At most `chunk` logits exist at once, of completions alone; the
+    backward pass computes them again."""
     def head(h, targets):
-        logps = (lm.get_output_embeddings()(h).float() / temperature).log_softmax(-1)   # [m, V], bf16 is too coarse
+        logps = (lm.get_output_embeddings()(h).float() / temperature).log_softmax(-1)   # [m, V]; bf16: noise
         frozen = logps.detach()                 # entropies of `logps` itself would keep their gradient
         return (logps.gather(1, targets[:, None]).squeeze(1), -(frozen.exp() * frozen).sum(-1),
                 (frozen.argmax(-1) == targets).float())
 
-    on = mask.bool()
-    states = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state            # [n, L, H]
-    row = torch.arange(len(ids), device=ids.device)[:, None]                            # [n, 1]
-    place = prompt_lengths[:, None] + torch.arange(mask.shape[1], device=ids.device)    # [n, T]
-    place = place.clamp(max=ids.shape[1] - 1)
-    hidden, targets = states[row, place - 1][on], ids[row, place][on]  # [tokens, H], [tokens]
+    states = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state    # [n, L, H]
+    row, t = mask.nonzero(as_tuple=True)                                        # [tokens] each
+    place = prompt_lengths[row] + t
+    hidden, targets = states[row, place - 1], ids[row, place]                   # [tokens, H], [tokens]
     size = max(1, chunk // lm.config.get_text_config().vocab_size)
     if len(targets) > size and torch.is_grad_enabled():
-        head = partial(checkpoint, head, use_reentrant=False)
+        head = partial(torch.utils.checkpoint.checkpoint, head, use_reentrant=False)
     pieces = [head(h, t) for h, t in zip(hidden.split(size), targets.split(size))]
     blank = torch.zeros_like(mask, dtype=torch.float32)
-    return tuple(blank.masked_scatter(on, torch.cat(part)) for part in zip(*pieces))
+    return tuple(blank.index_put((row, t), torch.cat(part)) for part in zip(*pieces))
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -269,8 +257,8 @@ def uniforms(seed, step, rows, n):
 def pick(logits, temperature, u):
     """logits [n, V], u [n] uniform or None (greedy) -> ids [n], their log-probabilities [n] at `temperature`.
 
-    Inverse CDF: the first id whose cumulated probability exceeds u. u is kept below their sum: whatever rounding
-    does, an id without probability is never picked."""
+    Inverse CDF: the first id whose cumulated probability exceeds u. u is kept below their sum, so that an id
+    without probability is never picked, whatever rounding does."""
     p = (logits.float() / temperature).softmax(-1)
     if u is None:
         ids = logits.argmax(-1, keepdim=True)
@@ -281,18 +269,19 @@ def pick(logits, temperature, u):
     return ids.squeeze(1), p.gather(1, ids).log().squeeze(1)
 
 
-def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **others):
-    """transformers' sdpa attention, but for one query a row, [n, heads, 1, D]: the query heads of a key-value head
-    become rows of one product, so that keys and values [n, kv_heads, columns, D] are read once, uncopied."""
+def attend(module, query, key, value, attention_mask, **options):
+    """transformers' sdpa attention, but for one query a row, [n, heads, 1, D]: the query heads of a key-value
+    head become rows of one product, which reads keys and values [n, kv_heads, columns, D] once, uncopied."""
     if query.shape[2] > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
-    grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])      # [n, kv_heads, group, D]
-    out = F.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query.reshape(len(query), key.shape[1], -1, query.shape[-1]),       # [n, kv_heads, group, D]
+        key, value, attention_mask, scale=options["scaling"])
     return out.reshape(len(query), 1, query.shape[1], -1), None
 
 
 transformers.AttentionInterface.register("grpo", attend)
-transformers.AttentionMaskInterface.register("grpo", sdpa_mask)
+transformers.AttentionMaskInterface.register("grpo", transformers.masking_utils.sdpa_mask)
 
 
 def round_up(n, multiple):
@@ -300,49 +289,47 @@ def round_up(n, multiple):
 
 
 class Sampler:
-    """Samples groups of completions. All rows start together and their prompts end in the same column, so that each
-    step is the same operations on the same addresses, on a GPU replayed from a CUDA graph that is captured once for
-    each number of rows and columns. Finished rows leave the batch. Weights are read where they lie.
-
-    All that a step reads is a tensor that keeps its address, as a Python number would be frozen in the graph: a
-    sampling option of yours (top_p ...) is a buffer like self.temperature, made in allocate(), filled in start()."""
+    """Samples groups of completions. All prompts end in the same column, so that each step is the same
+    operations on the same addresses: on a GPU, a CUDA graph captured once for a number of rows and columns.
+    Finished rows leave the batch. A Python number would be frozen in a graph: a sampling option of yours
+    (top_p ...) must be a buffer, like self.temperature, that allocate() makes and start() fills."""
 
     def __init__(self, model, eos_ids, graphs=None):
         self.model, self.eos_ids = model, eos_ids
         self.graphs = model.device.type == "cuda" if graphs is None else graphs
-        self.blocks = (32, 128) if self.graphs else (1, 1)      # rows and columns of a step are multiples of these
+        self.blocks = (32, 128) if self.graphs else (1, 1)      # rows and columns come in multiples of these
         self.rows = self.columns = 0                            # of the buffers
-        if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
-            fail(f"--model: grpo.py cannot sample from {model.config.model_type}: its cache is more than keys and values")
+        layers = transformers.DynamicCache(config=model.config).layers
+        if set(map(type, layers)) != {transformers.cache_utils.DynamicLayer}:
+            fail(f"--model: grpo.py cannot sample from the kind of cache that {model.config.model_type} has")
         model.set_attn_implementation("grpo")
 
     @torch.inference_mode()
     def __call__(self, prompts, noise, group_size, max_new_tokens, temperature):
-        """P prompts (lists of ids) -> P * G completions (lists of ids with the end token, unless cut off) and their
-        tokens' log-probabilities. noise [P * G, max_new_tokens], None: greedy. A signal to stop cuts all short."""
-        assert not self.model.training, "in training mode activation checkpointing silently drops the cache"
+        """P prompts, lists of ids -> P * G completions (with their end token, if any), the log-probabilities
+        of their ids. noise [P * G, max_new_tokens]; None: greedy. A signal to stop cuts all short."""
         n, width = len(prompts) * group_size, max(map(len, prompts))
         rows = self.start(prompts, noise, group_size, width, max_new_tokens, temperature)
-        for t in trange(max_new_tokens, desc="sampling", unit=" tokens a row", delay=2, leave=False, disable=RANK > 0 or None):
-            if t % (8 if self.graphs else 4) == 0:              # to see which rows have ended is to wait for the GPU
+        for t in trange(max_new_tokens, desc="sampling", delay=2, leave=False, disable=RANK > 0 or None):
+            if t % (8 if self.graphs else 4) == 0:              # to see which rows ended waits for the GPU
                 rows = self.compact(rows, width + t)
                 if rows == 0 or STOP:
                     break
             self.advance(rows, round_up(width + t, self.blocks[1]), noise is None)
-        lengths, tokens = self.lengths[:n].tolist(), self.tokens[:n, :max_new_tokens].tolist()
-        logps = self.logps[:n, :max_new_tokens].cpu()
+        lengths, tokens = self.lengths[:n].tolist(), self.tokens[:n, width - 1:].tolist()
+        logps = self.logps[:n, width - 1:].cpu()
         return [x[:k] for x, k in zip(tokens, lengths)], [x[:k].clone() for x, k in zip(logps, lengths)]
 
     def allocate(self, rows, columns):
-        """Larger buffers; the graphs hold the addresses of the old ones."""
+        """Make larger buffers; captured graphs hold the addresses of the old ones."""
         self.rows, self.columns, self.captured, self.kv = rows, columns, {}, {}
         with self.model.device:
-            self.bias = torch.zeros(rows, columns, dtype=self.model.dtype)      # is added to the attention scores
+            self.bias = torch.zeros(rows, columns, dtype=self.model.dtype)      # added to attention scores
             self.noise, self.logps = torch.zeros(2, rows, columns)
             self.tokens = torch.zeros(rows, columns, dtype=torch.long)
             self.token, self.position, self.row, self.lengths = torch.zeros(4, rows, dtype=torch.long)
             self.done = torch.zeros(rows, dtype=torch.bool)
-            self.t, self.next_column = torch.zeros(2, 1, dtype=torch.long)
+            self.next_column = torch.zeros(1, dtype=torch.long)
             self.temperature = torch.zeros(())
             self.eos = torch.tensor(sorted(self.eos_ids))
 
@@ -352,60 +339,59 @@ class Sampler:
         rows, columns = round_up(n, self.blocks[0]), round_up(width + max_new_tokens, self.blocks[1])
         if rows > self.rows or columns > self.columns:
             self.allocate(max(rows, self.rows), max(columns, self.columns))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)                # [P, W]
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)    # [P, W]
-        self.bias.fill_(torch.finfo(self.bias.dtype).min / 4)   # not -inf: a row of padding alone must not give NaN
-        self.bias[:n, :width].masked_fill_(mask.repeat_interleave(group_size, 0).bool(), 0)
-        causal = mask.new_ones(width, width).tril().bool()
-        bias = self.bias[:n:group_size, None, None, :width].where(causal, self.bias.min())              # [P, 1, W, W]
-        self.column = torch.arange(width, device=device)
-        self.forward(self.model.base_model, ids, (mask.cumsum(1) - 1).clamp(min=0), bias)
-        for x in self.kv.values():                              # a prompt's keys and values are copied to its group
-            x[:, :n, :, :width] = x[:, :len(prompts), :, :width].repeat_interleave(group_size, 1)
-        self.token[:n] = ids[:, -1].repeat_interleave(group_size)       # the first step computes it once more
-        self.position[:n] = mask.sum(1).repeat_interleave(group_size) - 1
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)        # [P, W]
+        lengths = torch.tensor([[len(p)] for p in prompts], device=device)                      # [P, 1]
+        self.column, self.seen = torch.arange(width, device=device), width
+        position = self.column - width + lengths                # [P, W], negative where there is padding
+        prompt = torch.arange(n, device=device) // group_size   # of each row
+
+        self.bias.fill_(torch.finfo(self.bias.dtype).min / 4)   # -inf would make NaN of rows of padding
+        self.bias[:n, :width].masked_fill_(position[prompt] >= 0, 0)
+        causal = self.column[:, None] >= self.column
+        bias = self.bias[:n:group_size, None, None, :width].where(causal, self.bias.min())      # [P, 1, W, W]
+        self.model.base_model(input_ids=ids, position_ids=position.clamp(min=0), attention_mask=bias,
+                              past_key_values=self, use_cache=True)
+        for x in self.kv.values():                              # a group shares its prompt's keys and values
+            x[:, :n, :, :width] = x[:, prompt, :, :width]
+
+        self.token[:n], self.position[:n] = ids[prompt, -1], position[prompt, -1]   # step 1 computes it again
         self.row.copy_(torch.arange(self.rows))
-        self.done.fill_(True)[:n] = False                       # rows that only fill up the batch have ended
+        self.done.copy_(self.row >= n)                          # rows that only fill up the batch
         self.lengths.zero_()
-        self.t.zero_()
         self.column = self.next_column.fill_(width - 1)
         self.temperature.fill_(temperature)
         if noise is not None:
-            self.noise[:n, :max_new_tokens] = noise
+            self.noise[:n, width - 1:width - 1 + max_new_tokens] = noise
         return rows
 
-    def forward(self, model, ids, position, bias):
-        """The model on ids [n, Q], whose keys and values go to self.column [Q], under bias [n, 1, Q, columns]."""
-        self.shape = len(ids), bias.shape[-1]
-        return model(input_ids=ids, position_ids=position, attention_mask=bias, past_key_values=self, use_cache=True)
-
     def update(self, key, value, layer, *_, **__):
-        """The model's call to its cache: keys, values [n, kv_heads, Q, D] of new tokens -> those of all columns."""
+        """Called by the model: keys, values [n, kv_heads, Q, D] of new tokens -> those of all columns."""
         if layer not in self.kv:
             self.kv[layer] = key.new_zeros(2, self.rows, key.shape[1], self.columns, key.shape[3])
-        keys, values = self.kv[layer][:, :self.shape[0]]
+        keys, values = self.kv[layer][:, :len(key)]
         keys.index_copy_(2, self.column, key)
         values.index_copy_(2, self.column, value)
-        return keys[:, :, :self.shape[1]], values[:, :, :self.shape[1]]
+        return keys[:, :, :self.seen], values[:, :, :self.seen]
 
     def step(self, rows, columns, greedy):
         """One token for each of the first `rows` rows, which attend to the first `columns` columns."""
         self.bias.index_fill_(1, self.column, 0)
-        logits = self.forward(self.model, self.token[:rows, None], self.position[:rows, None],
-                              self.bias[:rows, None, None, :columns]).logits[:, -1]
-        row = self.row[:rows]                                   # where a row's noise and tokens stand
-        token, logp = pick(logits, self.temperature, None if greedy else self.noise[row, self.t])
-        self.tokens[row, self.t], self.logps[row, self.t], self.token[:rows] = token, logp, token
+        self.seen = columns
+        logits = self.model(input_ids=self.token[:rows, None], position_ids=self.position[:rows, None],
+                            attention_mask=self.bias[:rows, None, None, :columns],
+                            past_key_values=self, use_cache=True).logits[:, -1]
+        row = self.row[:rows]                                   # where its noise and tokens are
+        token, logp = pick(logits, self.temperature, None if greedy else self.noise[row, self.column])
+        self.tokens[row, self.column], self.logps[row, self.column], self.token[:rows] = token, logp, token
         self.lengths[row] += ~self.done[:rows]
         self.done[:rows] |= (token[:, None] == self.eos).any(1)
-        for counter in (self.t, self.column, self.position):
-            counter += 1
+        self.position += 1
+        self.column += 1
 
     def advance(self, *shape):
-        """One step. On a GPU the first of its shape runs as it is, which loads libraries, and is then captured."""
+        """One step. On a GPU the first of a shape runs as it is, to load libraries, and is then captured."""
         if shape in self.captured:
-            self.captured[shape].replay()
-            return
+            return self.captured[shape].replay()
         self.step(*shape)
         if self.graphs:
             try:
@@ -414,24 +400,23 @@ class Sampler:
                 with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                     self.step(*shape)                           # is recorded, not run
                 self.captured[shape] = graph
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as err:
-                if isinstance(err, torch.OutOfMemoryError) or isinstance(err.__context__, torch.OutOfMemoryError):
-                    raise
                 self.graphs = False
                 note(f"warning: sampling without CUDA graphs, which is slower ({err})")
 
     def compact(self, rows, columns):
-        """Move the last unfinished rows to the places of the first finished ones -> rows of the smaller batch."""
+        """Move the last unfinished rows into the places of finished ones -> rows of the smaller batch."""
         alive = ~self.done[:rows]
-        size = round_up(int(alive.sum()), self.blocks[0])
-        if size < rows:
-            last = size + alive[size:].nonzero().squeeze(1)
-            free = (~alive[:size]).nonzero().squeeze(1)[:len(last)]
-            for x in (self.token, self.position, self.row, self.done, self.bias):
-                x[free] = x[last]
-            for x in self.kv.values():
-                x[:, free, :, :columns] = x[:, last, :, :columns]
-        return min(size, rows)
+        size = min(rows, round_up(int(alive.sum()), self.blocks[0]))
+        last = size + alive[size:].nonzero().squeeze(1)
+        free = (~alive[:size]).nonzero().squeeze(1)[:len(last)]
+        for x in (self.token, self.position, self.row, self.done, self.bias):
+            x[free] = x[last]
+        for x in self.kv.values():
+            x[:, free, :, :columns] = x[:, last, :, :columns]
+        return size
 
 
 # ----------------------------------------------------------------------------------------- models
@@ -441,16 +426,17 @@ def load_tokenizer(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         config = transformers.AutoConfig.from_pretrained(name).get_text_config()
     except Exception as err:  # of a dozen types, for what is one thing to the user
-        fail(f"--model {name}: not a folder with a model, nor a hub id that can be reached ({str(err)[:200]})")
+        fail(f"--model {name}: not a model's folder, nor a hub id that can be reached ({str(err)[:200]})")
     if not tokenizer.chat_template:
-        fail(f"--model {name}: its tokenizer has no chat template; add chat_template.jinja to the model's folder")
+        fail(f"--model {name}: its tokenizer has no chat template; add chat_template.jinja to its folder")
     return tokenizer, getattr(config, "max_position_embeddings", math.inf)
 
 
 def prompt_ids(tokenizer, chats):
     """The ids of each chat, a list of turns, up to where the assistant's next turn begins."""
     try:
-        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+        render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+        texts = [render(chat) for chat in chats]
     except Exception as err:  # whatever a template raises, or does not compile
         fail(f"--model {tokenizer.name_or_path}: its chat template does not take the prompt ({err})")
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
@@ -461,21 +447,22 @@ def load_lm(name, device, dtype, load_in_4bit=False):
     options = {"dtype": dtype, "output_loading_info": True}
     if load_in_4bit:
         options |= {"device_map": {"": device}, "quantization_config": transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype)}
     try:
         lm, found = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
-    except Exception as err:                    # a damaged file, a missing package, an unknown model, no memory
+    except Exception as err:  # a damaged file, a missing package, an unknown model, no memory
         fail(f"--model {name}: cannot be loaded ({str(err)[:200]})")
     if found["missing_keys"]:  # transformers puts random numbers in their place
         fail(f"--model {name}: its files lack weights ({', '.join(sorted(found['missing_keys']))[:200]})")
     for module in lm.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):       # it repacks 4-bit weights, which breaks training them
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # it repacks 4-bit weights: no training
             module.support_avx512bf16_for_cpu = False
     return lm.to(device).eval()
 
 
 def load_policy(args, device, dtype):
-    """The model to train, whole in fp32 (an update of 5e-7 would vanish in bf16) or a LoRA adapter in fp32 on a frozen
+    """The model to train, whole in fp32 (an update of 5e-7 vanishes in bf16) or an fp32 adapter on a frozen
     base -> the model, the transformers model in it, completion_logps of it at the right precision."""
     if args.load_in_4bit and not args.lora_rank:
         fail("--load_in_4bit needs --lora_rank: 4-bit weights do not train")
@@ -493,24 +480,18 @@ def load_policy(args, device, dtype):
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     lm.logps = partial(completion_logps, lm)
     if args.fsdp:  # fp32 shards; a layer is gathered in `dtype` to run
-        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for module in (*lm.base_model.layers, lm):
-            fully_shard(module, mp_policy=precision)
+            fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
         register_fsdp_forward_method(lm, "logps")
-
-    def logps(*inputs):                                         # with a cache all weights would exist twice
-        with torch.autocast(lm.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
-            return lm.logps(*inputs)
-
-    return model, lm, logps
+    # autocast's cache would hold a second copy of all weights
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
+    return model, lm, autocast(lm.logps)
 
 
 @torch.no_grad()
 def refresh(plain, lm):
-    """Copy what the policy `lm` amounts to as one plain model into `plain`, in place: 4-bit weights dequantised,
-    shards gathered (collective), an adapter's B A scaling added in fp32 to its base, which stays as it is."""
-    if plain is lm:
-        return
+    """Copy what the policy `lm` amounts to into `plain` (which it may be): 4-bit weights dequantised, shards
+    gathered (collective), an adapter's delta added in fp32 to its base, which stays as it is."""
     target = dict(plain.named_parameters())
     for name, weight in lm.named_parameters():
         if ".lora_" in name:
@@ -530,13 +511,14 @@ def make_optimizers(model, args):
     """The optimisers of all trained parameters, at peak learning rates."""
     matrices, rest = [], []
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            is_matrix = args.optim == "muon" and p.ndim == 2 and ".layers." in name
-            (matrices if is_matrix else rest).append(p)
+        if args.optim == "muon" and p.ndim == 2 and ".layers." in name and p.requires_grad:
+            matrices.append(p)
+        elif p.requires_grad:
+            rest.append(p)
     if "8bit" in args.optim:
         import bitsandbytes
-        make = bitsandbytes.optim.PagedAdamW8bit if "paged" in args.optim else bitsandbytes.optim.AdamW8bit
-        return [make(rest, lr=args.lr, weight_decay=0.0)]
+        kind = "PagedAdamW8bit" if "paged" in args.optim else "AdamW8bit"
+        return [getattr(bitsandbytes.optim, kind)(rest, lr=args.lr, weight_decay=0.0)]
     optimizers = [torch.optim.AdamW(rest, lr=args.lr, weight_decay=0.0, fused=True)]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=args.muon_lr, weight_decay=0.0))
@@ -544,15 +526,14 @@ def make_optimizers(model, args):
 
 
 def update(optimizers, factor, args, usable):
-    """Sum gradients over processes, clip, make one update at `factor` times the peak learning rates -> the gradient's
-    norm before clipping. Where that is not finite, or not `usable`, no weight changes."""
+    """Sum gradients over processes, clip, update at `factor` times the peak learning rates -> norm of the
+    gradient before clipping. Where that is not finite, or not `usable`, no weight changes."""
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     for p in parameters:
         if p.grad is None:                                      # another process may have one
             p.grad = torch.zeros_like(p)
-    if WORLD > 1 and not args.fsdp:                             # FSDP has summed already
-        for handle in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
-            handle.wait()
+        if WORLD > 1 and not args.fsdp:                         # FSDP has summed already
+            dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
     norm = float(norm.full_tensor() if args.fsdp else norm)
     for optimizer in optimizers:
@@ -564,28 +545,24 @@ def update(optimizers, factor, args, usable):
     return norm
 
 
-def peak_memory_gb():
-    """Of the GPU, or of this process where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
-# ----------------------------------------------------------------------------------------- processes, signals
 def start_processes(dtype):
     """Join torchrun's other processes, if there are any -> this one's device, the compute dtype."""
-    cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     if WORLD > 1:  # ranks may wait for hours while one samples or saves
         store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(hours=12)))
         # after a restart torchrun's store still holds the addresses of the start before
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
-                                timeout=store.timeout)
-    dtype = {"auto": "bfloat16" if cuda else "float32"}.get(dtype, dtype)
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    return device, getattr(torch, dtype)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=store.timeout)
+    return device, getattr(torch, dtype or ("bfloat16" if cuda else "float32"))
+
+
+def peak_memory_gb():
+    """Of the GPU, or else of this process."""
+    return torch.cuda.max_memory_allocated() / 1e9 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def gather(x):
@@ -601,74 +578,65 @@ def catch_signals():
     def keep(number, frame):
         STOP.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if RANK == 0:                                           # not print, which may be at work
-            os.write(2, b"\nstopping: saving a checkpoint first; Ctrl-C again leaves at once\n")
+        os.write(2, b"\nstopping: saving a checkpoint first; Ctrl-C again leaves at once\n")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, keep)
 
 
-def check_stop():
-    """Raise KeyboardInterrupt(number) on every rank if a signal came to any. Collective."""
-    numbers = sum(gather(STOP), [])
-    if numbers:
-        raise KeyboardInterrupt(numbers[0])
-
-
 # ----------------------------------------------------------------------------------------- files
 def open_run(args, defaults):
-    """Take hold of --output_dir -> the state of the newest checkpoint in it that loads, or None for a new run.
+    """Lock --output_dir -> the state of the newest checkpoint in it that loads, or None for a new run.
 
-    Refuses a folder that another process holds, or that holds a run, unless --resume comes with the flags of that
-    run (a flag missing in its args.json had its default). What was written after the checkpoint goes."""
-    out, state = Path(args.output_dir), None
+    Refuses a folder that another process holds, or that holds a run, unless --resume comes with that run's
+    flags (a flag it did not know yet had its default). What was written after the checkpoint is removed."""
+    out, state, unfinished = Path(args.output_dir), None, [Path(args.output_dir, "tmp-checkpoint")]
     out.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
         try:                                                    # this lock dies with its process
             fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"--output_dir {out} is in use by another run: take another folder")
-    steps = sorted(int(path.name[11:]) for path in out.glob("checkpoint-*"))
-    if not args.resume and (steps or list(out.glob("*config.json"))):
-        fail(f"--output_dir {out} holds a run: add --resume to continue it, or remove the folder to start again")
-    if steps:
+    checkpoints = sorted(out.glob("checkpoint-*"), key=lambda folder: int(folder.name[11:]))
+    if not args.resume and (checkpoints or list(out.glob("*config.json"))):
+        fail(f"--output_dir {out} holds a run: add --resume to continue it, or remove the folder")
+    while checkpoints and not state:
+        folder = checkpoints.pop()
         try:
-            before = json.loads((out / "args.json").read_text())
-            changed = [name for name, value in vars(args).items()
-                       if name not in MAY_CHANGE and before.get(name, getattr(defaults, name)) != value]
-        except (OSError, ValueError, AttributeError) as err:
-            fail(f"--resume: {out}/args.json, the flags of the run, cannot be read ({err})")
+            state = dict(torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu", mmap=True))
+        except Exception:  # of many types: cut off, missing, something else
+            note(f"{folder} is damaged: trying the checkpoint before it")
+            unfinished.append(folder)
+            if not checkpoints:
+                fail(f"--resume: no checkpoint in {out} loads; remove the folder to start again")
+    if state:
+        changed = [name for name, value in vars(args).items()
+                   if name not in MAY_CHANGE and state["args"].get(name, getattr(defaults, name)) != value]
         if changed:
             fail(f"--resume: not the flags of the run in {out}: --{', --'.join(changed)}")
-    while steps and state is None:
-        trainer = out / f"checkpoint-{steps.pop()}" / "trainer.pt"
-        try:
-            state = torch.load(trainer, weights_only=True, map_location="cpu", mmap=True)
-        except Exception as err:  # of many types: cut off, missing, something else
-            note(f"{trainer} is damaged ({type(err).__name__}): trying the checkpoint before it")
-            if not steps:
-                fail(f"--resume: no checkpoint in {out} loads; remove the folder to start again")
+
     gather(0)                                                   # every rank has looked
     if RANK == 0:
+        for folder in unfinished:
+            shutil.rmtree(folder, ignore_errors=True)
         for name in LOGS:
-            with open(out / name, "ab") as f:
-                f.truncate(min(f.tell(), state[name] if state else 0))
-        for folder in [*out.glob("checkpoint-*"), *out.glob("tmp-*")]:
-            if not (state and folder.name[:10] == "checkpoint" and int(folder.name[11:]) <= state["step"]):
-                shutil.rmtree(folder)
+            with open(out / name, "ab+") as f:
+                f.seek(0)
+                kept = f.read(state[name] if state else 0)
+                f.truncate(kept.rfind(b"\n") + 1)              # without a torn line
         (out / "args.json").write_text(json.dumps(vars(args), indent=1))
     return state
 
 
 def save_checkpoint(out, state, save_model):
-    """OUT/checkpoint-<step>: a model folder, and in trainer.pt all else that a run is. Written under another name, then
-    renamed, so that a kill at any moment leaves the older ones whole. The newest two stay. On rank 0."""
+    """OUT/checkpoint-<step>: a model folder, and in trainer.pt all else that a run is. Renamed when complete,
+    so that a kill at any moment leaves a whole one. The newest two stay. On rank 0."""
     out = Path(out)
     folder, tmp = out / f"checkpoint-{state['step']}", out / "tmp-checkpoint"
     try:
         save_model(tmp)
         torch.save(state | {name: (out / name).stat().st_size for name in LOGS}, tmp / "trainer.pt")
-    except Exception as err:                                    # a full disk, in the words of each library
+    except Exception as err:  # a full disk, in the words of each library
         shutil.rmtree(tmp, ignore_errors=True)
         fail(f"cannot write {folder} ({err}): make room, then --resume")
     shutil.rmtree(folder, ignore_errors=True)
@@ -681,8 +649,7 @@ def append(path, rows):
     """Append JSON lines; a number that is not finite becomes null, as JSON has no NaN."""
     with open(path, "a") as f:
         for row in rows:
-            row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            f.write(json.dumps(row) + "\n")
+            f.write(json.dumps(json.loads(json.dumps(row), parse_constant=lambda name: None)) + "\n")
 
 
 def open_board(args):
@@ -692,19 +659,19 @@ def open_board(args):
     from torch.utils.tensorboard import SummaryWriter
     if args.log_to == "wandb":
         import wandb
-        wandb.init(project=Path(__file__).stem, name=args.output_dir, config=vars(args), sync_tensorboard=True)
+        wandb.init(name=args.output_dir, config=vars(args), sync_tensorboard=True)
     return SummaryWriter(args.output_dir)
 
 
 def log(args, board, metrics):
-    """A line of metrics.jsonl, and points on the board's curves. On rank 0."""
+    """Write a line of metrics.jsonl, and points on the board's curves. On rank 0."""
     if RANK == 0:
         append(Path(args.output_dir) / "metrics.jsonl", [metrics])
-    for name, value in metrics.items() if board else ():
-        board.add_scalar(name, value, metrics["step"])
+    if board:
+        for name, value in metrics.items():
+            board.add_scalar(name, value, metrics["step"])
 
 
-# ----------------------------------------------------------------------------------------- rollouts
 @dataclass
 class Rollout:
     """One completion: what was asked, what the model wrote, what it earned."""
@@ -720,53 +687,51 @@ class Rollout:
 
 def read_prompts(sources, split, args, tokenizer, context):
     """Rows of all sources with their "prompt_ids". Default Countdown data that are not there yet are made."""
-    rows, script = [], Path(__file__).with_name("countdown.py")
-    for source in sources:
-        missing = source.split(":")[0] == "countdown" and not Path("data/countdown").exists()
-        if missing and script.exists() and RANK == 0:
-            note("data/countdown is not there yet: making it with countdown.py")
-            subprocess.call([sys.executable, script, "--out", "data/countdown"])
-        gather(0)                                               # the other ranks wait for it
-        rows += rewards.load_rows(source, split)
+    script, default = Path(__file__).with_name("countdown.py"), Path("data/countdown")
+    countdown = "countdown" in [source.split(":")[0] for source in sources]
+    if countdown and not default.exists() and script.exists() and RANK == 0:
+        note("data/countdown is not there yet: making it with countdown.py")
+        subprocess.call([sys.executable, script, "--out", default])
+    gather(0)                                                   # the other ranks wait for it
+    rows = sum([rewards.load_rows(source, split) for source in sources], [])
     ids = prompt_ids(tokenizer, [rewards.messages(row["task"], row, args.style) for row in rows])
     longest = max(map(len, ids), default=0)
     if longest + args.max_new_tokens > context:
-        fail(f"a prompt of {longest} tokens and --max_new_tokens exceed the model's context of {context} tokens")
+        fail(f"a prompt of {longest} tokens and --max_new_tokens exceed the model's context of {context}")
     return [row | {"prompt_ids": x} for row, x in zip(rows, ids)]
 
 
 def sample(sampler, tokenizer, data, indices, noise, args, temperature=1.0):
-    """A group of unscored Rollouts for each data[i] of indices. noise [N, max_new_tokens]; None: greedy, one each."""
-    groups, group_size = [], 1 if noise is None else args.group_size
+    """A group of Rollouts for each index of data. noise [N, max_new_tokens]; None: one each, greedy."""
+    rollouts, group_size = [], 1 if noise is None else args.group_size
     size = max(1, args.sample_batch_size // group_size)
     for at in range(0, len(indices), size):
-        part = indices[at:at + size]
-        u = None if noise is None else noise[at * group_size:(at + size) * group_size]
-        prompts = [data[i]["prompt_ids"] for i in part]
-        ids, logps = sampler(prompts, u, group_size, args.max_new_tokens, temperature)
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        flat = [Rollout(part[k // group_size], prompts[k // group_size], ids[k], logps[k],
-                        not sampler.eos_ids.isdisjoint(ids[k][-1:]), texts[k]) for k in range(len(ids))]
-        groups += [flat[k:k + group_size] for k in range(0, len(flat), group_size)]
-    return groups
+        rows = np.repeat(indices[at:at + size], group_size).tolist()
+        prompts = [data[i]["prompt_ids"] for i in indices[at:at + size]]
+        part = None if noise is None else noise[at * group_size:(at + size) * group_size]
+        completions, logps = sampler(prompts, part, group_size, args.max_new_tokens, temperature)
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        for i, ids, logp, text in zip(rows, completions, logps, texts):
+            ended = not sampler.eos_ids.isdisjoint(ids[-1:])
+            rollouts.append(Rollout(i, data[i]["prompt_ids"], ids, logp, ended, text))
+    return [rollouts[k:k + group_size] for k in range(0, len(rollouts), group_size)]
 
 
 def score(groups, data, args, weights):
-    """Fill in the reward of every rollout and its parts."""
-    rollouts = [r for group in groups for r in group]
-    rows = [data[r.index] for r in rollouts]
-    scored = rewards.score_batch([row["task"] for row in rows], [r.text for r in rollouts], rows, args.style, weights,
-                                 [len(r.completion) for r in rollouts], length=args.length_penalty)
+    """Fill in the rewards of this process's groups -> all processes' groups, in the order of their prompts.
+    Collective. If a process was told to stop, its completions were cut short: KeyboardInterrupt on all."""
+    rollouts = sum(groups, [])
+    rows, texts = [data[r.index] for r in rollouts], [r.text for r in rollouts]
+    tasks, lengths = [row["task"] for row in rows], [len(r.completion) for r in rollouts]
+    scored = rewards.score_batch(tasks, texts, rows, args.style, weights, lengths, length=args.length_penalty)
     for r, parts in zip(rollouts, scored):
         r.parts = parts
 
-
-def exchange(groups):
-    """All processes' groups in the order of their prompts, of which each had every WORLD-th. Collective: where one was
-    told to stop, and has cut its completions short, all stop."""
-    check_stop()
+    signals = sum(gather(STOP), [])
+    if signals:
+        raise KeyboardInterrupt(signals[0])
     shares = gather(groups)
-    return [shares[place % WORLD][place // WORLD] for place in range(sum(map(len, shares)))]
+    return [group for turn in zip_longest(*shares) for group in turn if group]
 
 
 def is_dead(group):
@@ -775,46 +740,45 @@ def is_dead(group):
 
 
 def means(groups, data):
-    """Means over rollouts: every reward part (also by task where there are several), length, share cut off."""
-    rollouts = [r for group in groups for r in group]
+    """Means over rollouts: every reward part (also by task, if there are several), length, share cut off."""
+    rollouts = sum(groups, [])
     tasks = sorted({data[r.index]["task"] for r in rollouts})
     found = {name: fmean(r.parts[name] for r in rollouts) for name in rollouts[0].parts}
-    for task in tasks if len(tasks) > 1 else ():
-        for name in rollouts[0].parts:
-            found[f"{name}/{task}"] = fmean(r.parts[name] for r in rollouts if data[r.index]["task"] == task)
+    if len(tasks) > 1:
+        for task in tasks:
+            mine = [r.parts for r in rollouts if data[r.index]["task"] == task]
+            found |= {f"{name}/{task}": fmean(parts[name] for parts in mine) for name in mine[0]}
     found["completion_length"] = fmean(len(r.completion) for r in rollouts)
     found["truncated"] = fmean(not r.ended for r in rollouts)
     return found
 
 
 def micro_batches(rollouts, args, device):
-    """This process's micro-batches, right-padded: ids [n, L]; prompt_lengths, adv [n]; mask, sampled_logp [n, T].
+    """This process's micro-batches, padded: ids [n, L]; prompt_lengths, adv [n]; mask, sampled_logp [n, T].
 
-    Sorted by length, so that little is padding, the longest first, so that too little memory shows at once; those
-    without an advantage last, as they may need no backward pass. Under FSDP every rank makes as many passes."""
+    Sorted by length, which saves padding, the longest first, as too little memory then shows at once; those
+    without advantage last, as they may need no backward pass. Under FSDP every rank makes as many passes."""
     def pad(rows):
-        return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True).to(device)
+        return torch.nn.utils.rnn.pad_sequence(list(map(torch.as_tensor, rows)), batch_first=True).to(device)
 
     size, batches = args.micro_batch_size, []
     order = sorted(rollouts, key=lambda r: (r.advantage == 0, -len(r.prompt) - len(r.completion)))
-    end = round_up(len(order), size * WORLD) if args.fsdp else len(order)
-    for at in range(RANK * size, end, WORLD * size):
-        part = order[at:at + size] or order[-1:]
-        on = [float(at < len(order) and (r.ended or not args.mask_truncated)) for r in part]
+    rows = [(r, float(r.ended or not args.mask_truncated)) for r in order]
+    if args.fsdp:
+        rows += [(order[-1], 0.0)] * (-len(rows) % (size * WORLD))      # masked
+    for at in range(RANK * size, len(rows), WORLD * size):
+        part, trained = zip(*rows[at:at + size])
         batches.append({"ids": pad([r.prompt + r.completion for r in part]),
                         "prompt_lengths": torch.tensor([len(r.prompt) for r in part], device=device),
                         "adv": torch.tensor([r.advantage for r in part], device=device),
-                        "mask": pad([[x] * len(r.completion) for x, r in zip(on, part)]),
+                        "mask": pad([[x] * len(r.completion) for x, r in zip(trained, part)]),
                         "sampled_logp": pad([r.logps for r in part])})
     return batches
 
 
 # ----------------------------------------------------------------------------------------- the loop
-LINE = ("step {step}/{steps}  reward {reward:.3f}  correct {correct:.3f}  dead {frac_reward_zero_std:.2f}  "
-        "length {completion_length:.0f}  entropy {entropy:.3f}  kl {kl:.4f}  {step_seconds:.1f} s  {left} left")
-
-
 def train(args):
+    catch_signals()
     device, dtype = start_processes(args.dtype)
     weights = rewards.parse_weights(args.weights)
     tokenizer, context = load_tokenizer(args.model)
@@ -822,62 +786,60 @@ def train(args):
     eval_data = read_prompts(args.eval_data, args.eval_split, args, tokenizer, context)
     if args.pass_rate != [0, 1]:
         low, high = args.pass_rate
-        data = [row for row in data if low <= row.get("pass_rate", -1) <= high]
+        data = [row for row in data if row.get("pass_rate") is not None and low <= row["pass_rate"] <= high]
         if not data:
-            fail("--pass_rate: no row of --data has one in this range; eval.py --samples 8 writes files that have it")
+            fail("--pass_rate: no row of --data has one in this range; eval.py --samples 8 writes it")
     state, board = open_run(args, parse_args(["--model", ""])), open_board(args)
 
     policy, lm, policy_logps = load_policy(args, device, dtype)
     plain = lm  # what is sampled from and saved: the policy itself, or
     if args.lora_rank or args.fsdp or dtype != torch.float32:   # a copy of what it amounts to
         plain = load_lm(args.model, device, dtype)
-    ends = plain.generation_config.eos_token_id                 # one id, a list of several, or None
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    sampler = Sampler(plain, ends)
-    reference, adapter_off = lm, getattr(policy, "disable_adapter", contextlib.nullcontext)
+    eos = plain.generation_config.eos_token_id                  # one id, a list of several, or None
+    sampler = Sampler(plain, {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None})
+    reference, adapter_off = lm, getattr(policy, "disable_adapter", torch.no_grad)
     if args.beta and not args.lora_rank:
         reference = load_lm(args.model, "cpu" if args.offload_reference else device, dtype)
-    home = [p.data for p in reference.parameters()]  # where the weights lie except during their pass
+    home = reference.device                                     # where it is except during its forward pass
     optimizers = make_optimizers(policy, args)
-    done = {"step": 0, "drawn": 0, "evaluated": -1}             # steps, prompts drawn, step of the last evaluation
+    done = {"step": 0, "drawn": 0, "evaluated": -1, "saved": 0}     # steps, prompts, the last steps that were
     if state:
-        set_state_dict(policy, optimizers, model_state_dict=state["weights"], optim_state_dict=state["optimizers"],
-                       options=StateDictOptions(full_state_dict=True, strict=False))
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_state_dict(policy, optimizers, model_state_dict=state["weights"],
+                       optim_state_dict=state["optimizers"], options=options)
         done = {name: state[name] for name in done}
-    state = None
+    state = None                                                # frees it
     policy.eval()
     refresh(plain, lm)
 
-    def save_model(folder):                                     # as transformers and peft load it
-        (policy if args.lora_rank else plain).save_pretrained(folder)
+    def save_model(folder, model=policy if args.lora_rank else plain):
+        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
     def save():
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         trained, moments = get_state_dict(policy, optimizers, options=whole)            # collective
+        done["saved"] = done["step"]
         if RANK == 0:
-            save_checkpoint(args.output_dir, done | {"weights": trained, "optimizers": moments}, save_model)
+            state = done | {"args": vars(args), "weights": trained, "optimizers": moments}
+            save_checkpoint(args.output_dir, state, save_model)
 
     def evaluate():
         due = done["step"] % args.eval_every == 0 or done["step"] == args.steps
         if eval_data and due and done["evaluated"] < done["step"]:
             mine = sample(sampler, tokenizer, eval_data, range(len(eval_data))[RANK::WORLD], None, args)
-            score(mine, eval_data, args, weights)
-            found = means(exchange(mine), eval_data)
-            log(args, board, {"step": done["step"]} | {f"eval_{name}": value for name, value in found.items()})
-            note("step {}  held-out: reward {reward:.3f}  correct {correct:.3f}  format {format:.3f}".format(
-                done["step"], **found))
+            found = means(score(mine, eval_data, args, weights), eval_data)
+            log(args, board, {"step": done["step"], **{f"eval_{name}": x for name, x in found.items()}})
+            note("step {}  held-out reward {reward:.3f}  correct {correct:.3f}".format(done["step"], **found))
             done["evaluated"] = done["step"]
 
-    catch_signals()
-    began, first_step, saved = time.perf_counter(), done["step"] + 1, done["step"]
     try:
         evaluate()
-        for step in range(first_step, args.steps + 1):
+        for step in range(done["step"] + 1, args.steps + 1):
             started = time.perf_counter()
             factor = learning_rate(step, args.steps, args.warmup, args.lr_schedule)
-            cooling = args.temperature - (args.temperature_end or args.temperature)
-            temperature = args.temperature - cooling * (step - 1) / max(1, args.steps - 1)
+            ends = [args.temperature, args.temperature_end or args.temperature]
+            temperature = float(np.interp(step, [1, max(2, args.steps)], ends))
             torch.manual_seed(args.seed * 1_000_003 + step)     # for models with dropout
 
             groups, drawn = [], []                              # those to train on; all of this step
@@ -891,37 +853,36 @@ def train(args):
                 noise = uniforms(args.seed, step, rows, args.max_new_tokens)
                 mine = sample(sampler, tokenizer, data, indices[RANK::WORLD], noise, args, temperature)
                 # 3. Score, and replace dead groups in the next round.
-                score(mine, data, args, weights)
-                drawn += exchange(mine)
+                drawn += score(mine, data, args, weights)
                 groups = [group for group in drawn if not is_dead(group)]
                 if len(groups) == args.prompts_per_step:
                     break
             first = drawn[:args.prompts_per_step]  # what metrics describe: nothing has selected it
             if not groups or not args.max_resample:
                 groups = first
-            rollouts = [r for group in groups for r in group]
+            rollouts = sum(groups, [])
 
             # 4. Advantages.
             adv = advantages(torch.tensor([r.parts["reward"] for r in rollouts]), args.group_size, args.scale)
             for r, a in zip(rollouts, adv.tolist()):
                 r.advantage = a
-            num_tokens = sum(len(r.completion) for r in rollouts if r.ended or not args.mask_truncated)
             batches = micro_batches(rollouts, args, device)
+            trained = [len(r.completion) for r in rollouts if r.ended or not args.mask_truncated]
+            num_tokens = max(1, sum(trained))
             sampled = time.perf_counter()
 
             # 5. Log-probabilities under the reference.
             if args.beta:
-                for p, x in zip(reference.parameters(), home):
-                    p.data = x.to(device)
-                with torch.no_grad(), adapter_off():
+                reference.to(device)
+                with adapter_off(), torch.no_grad():
                     for b in batches:
-                        b["ref"] = completion_logps(reference, b["ids"], b["prompt_lengths"], b["mask"], temperature)[0]
-                for p, x in zip(reference.parameters(), home):
-                    p.data = x
+                        inputs = b["ids"], b["prompt_lengths"], b["mask"], temperature
+                        b["ref"] = completion_logps(reference, *inputs)[0]
+                reference.to(home)
             policy.train()
-            sums = dict.fromkeys(PARTS, 0.0)                    # over the micro-batches of the last inner epoch
-            for _ in range(args.inner_epochs if num_tokens else 0):
-                sums = dict.fromkeys(PARTS, 0.0)
+            skipped = 0.0                                       # updates
+            for _ in range(args.inner_epochs):
+                sums = dict.fromkeys(PARTS, 0.0)                # over micro-batches and processes
                 for b in batches:
                     # 5. Log-probabilities under the policy; those of the first pass are the old ones.
                     logp, entropy, _ = policy_logps(b["ids"], b["prompt_lengths"], b["mask"], temperature)
@@ -929,8 +890,8 @@ def train(args):
                     # 6. Loss and its gradient.
                     loss, parts = policy_loss(
                         logp, old, b.get("ref"), b["adv"], b["mask"], loss=args.loss, clip_low=args.clip_low,
-                        clip_high=args.clip_high, beta=args.beta, num_tokens=num_tokens, num_seqs=len(rollouts),
-                        max_new_tokens=args.max_new_tokens)
+                        clip_high=args.clip_high, beta=args.beta, num_tokens=num_tokens,
+                        num_seqs=len(rollouts), max_new_tokens=args.max_new_tokens)
                     if args.fsdp:  # means over processes, all of which must take part
                         ((loss + 0 * logp.sum()) * WORLD).backward()
                     elif loss.requires_grad:
@@ -939,56 +900,57 @@ def train(args):
                     parts["logp_gap"] = ((old - b["sampled_logp"]).abs() * b["mask"]).sum() / num_tokens
                     for name, value in parts.items():
                         sums[name] += value.detach()
-                shares = gather({name: float(value) for name, value in sums.items()})
-                sums = {name: sum(share[name] for share in shares) for name in sums}
+                values = np.sum(gather([float(value) for value in sums.values()]), axis=0)
+                sums = dict(zip(PARTS, values.tolist()))
                 # 7. Clip the gradient and update the weights.
-                sums["grad_norm"] = update(optimizers, factor, args, usable=math.isfinite(sums["loss"]))
-                sums["skipped"] = float(not math.isfinite(sums["loss"] + sums["grad_norm"]))
+                sums["grad_norm"] = update(optimizers, factor, args, trained and math.isfinite(sums["loss"]))
+                skipped += not math.isfinite(sums["loss"] + sums["grad_norm"])
             policy.eval()
             refresh(plain, lm)
 
             # 8. Log, evaluate, save.
             ended = time.perf_counter()
             done |= {"step": step, "drawn": done["drawn"] + len(drawn)}
-            seconds = {"step": ended - started, "sample": sampled - started, "update": ended - sampled}
-            n_sampled = sum(len(r.completion) for group in drawn for r in group)
-            n_trained = sum(len(r.completion) for r in rollouts) * args.inner_epochs
-            metrics = {"step": step, **means(first, data), **sums, "groups_drawn": len(drawn),
-                       "frac_reward_zero_std": fmean(map(is_dead, first)),
-                       "frac_reward_zero_std_after": fmean(map(is_dead, groups)), "lr": args.lr * factor,
-                       "temperature": temperature, **{f"{name}_seconds": x for name, x in seconds.items()},
-                       "sample_tokens_per_s": n_sampled / seconds["sample"],
-                       "update_tokens_per_s": n_trained / seconds["update"], "peak_memory_gb": peak_memory_gb()}
+            n_sampled = sum(len(r.completion) for r in sum(drawn, []))
+            metrics = {
+                "step": step, **means(first, data), **sums, "skipped": skipped, "groups_drawn": len(drawn),
+                "temperature": temperature, "peak_memory_gb": peak_memory_gb(),
+                "frac_reward_zero_std": fmean(map(is_dead, first)), "lr": args.lr * factor,
+                "frac_reward_zero_std_after": fmean(map(is_dead, groups)), "step_seconds": ended - started,
+                "sample_seconds": sampled - started, "update_seconds": ended - sampled,
+                "sample_tokens_per_s": n_sampled / (sampled - started),
+                "update_tokens_per_s": sum(trained) * args.inner_epochs / (ended - sampled)}
             log(args, board, metrics)
-            left = tqdm.format_interval((ended - began) / (step - first_step + 1) * (args.steps - step))
-            note(LINE.format_map(metrics | {"steps": args.steps, "left": left}))
-            if RANK == 0 and (step == 1 or step % 10 == 0 or sums["skipped"]):
+            left = tqdm.format_interval((ended - started) * (args.steps - step))
+            note("step {step}/{}  reward {reward:.3f}  correct {correct:.3f}  length {completion_length:.0f} "
+                 " entropy {entropy:.3f}  {step_seconds:.1f} s  {} left".format(args.steps, left, **metrics))
+            if skipped:
+                note(f"warning: the gradient of step {step} is not finite and was not used; lower --lr")
+            if RANK == 0 and (step == 1 or step % 10 == 0 or skipped):
                 append(Path(args.output_dir) / "samples.jsonl", [
                     {"step": step, "task": data[r.index]["task"], "prompt": tokenizer.decode(r.prompt),
                      "completion": r.text, "ended": r.ended, "advantage": r.advantage, **r.parts}
-                    for group in first[:2] for r in group])
-            if sums["skipped"]:
-                note(f"warning: the gradient of step {step} was not finite and not used: see samples.jsonl, lower --lr")
+                    for r in sum(first[:2], [])])
             evaluate()
             if args.save_every and step % args.save_every == 0:
                 save()
-                saved = step
-            check_stop()
     except KeyboardInterrupt as stopped:
-        if saved < done["step"]:
+        if done["saved"] < done["step"]:
             save()
         gather(0)                                               # torchrun ends all processes when one leaves
-        note(f"stopped after step {done['step']} of {args.steps}: continue with the same command and --resume")
+        note(f"stopped after step {done['step']} of {args.steps}: add --resume to the command to continue")
         raise SystemExit(128 + stopped.args[0]) from None
     if RANK == 0:
         save_model(args.output_dir)
         if args.merge:
-            plain.save_pretrained(Path(args.output_dir) / "merged")
-            tokenizer.save_pretrained(Path(args.output_dir) / "merged")
+            save_model(Path(args.output_dir) / "merged", plain)
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    try:
+        args = parse_args(argv)
+    except ValueError as err:                                   # a flag file: an open quote, no UTF-8
+        fail(err)
     try:
         train(args)
         if WORLD > 1:
@@ -998,13 +960,10 @@ def main(argv=None):
     except ImportError as err:
         fail(f"these flags need a package that is not installed: pip install {err.name}")
     except torch.OutOfMemoryError:
-        fail("out of GPU memory: lower --micro_batch_size or --sample_batch_size, or take --activation_checkpointing, "
-             "--optim paged_adamw8bit, --offload_reference, --lora_rank 32 or --load_in_4bit; then --resume")
+        fail("out of GPU memory: try --micro_batch_size 1, --sample_batch_size 32, --offload_reference, "
+             "--activation_checkpointing, --optim paged_adamw8bit, --lora_rank 32 or --load_in_4bit")
     except (OSError, SafetensorError) as err:                   # a full disk, most of all
         fail(f"--output_dir {args.output_dir}: {err}")
-    except KeyboardInterrupt:
-        note("stopped before the first step")
-        raise SystemExit(128 + signal.SIGINT) from None
 
 
 if __name__ == "__main__":
