@@ -301,7 +301,7 @@ class Sampler:
         self.rows = self.columns = 0                            # of the buffers
         layers = transformers.DynamicCache(config=model.config).layers
         if set(map(type, layers)) != {transformers.cache_utils.DynamicLayer}:
-            fail(f"--model: grpo.py cannot sample from the kind of cache that {model.config.model_type} has")
+            fail(f"--model: cannot sample from {model.config.model_type}: it caches more than keys and values")
         model.set_attn_implementation("grpo")
 
     @torch.inference_mode()
@@ -960,8 +960,8 @@ def main(argv=None):
     except ImportError as err:
         fail(f"these flags need a package that is not installed: pip install {err.name}")
     except torch.OutOfMemoryError:
-        fail("out of GPU memory: try --micro_batch_size 1, --sample_batch_size 32, --offload_reference, "
-             "--activation_checkpointing, --optim paged_adamw8bit, --lora_rank 32 or --load_in_4bit")
+        fail("out of GPU memory: lower --micro_batch_size or --sample_batch_size, add --offload_reference, "
+             "--activation_checkpointing, --optim paged_adamw8bit or --load_in_4bit, and --resume")
     except (OSError, SafetensorError) as err:                   # a full disk, most of all
         fail(f"--output_dir {args.output_dir}: {err}")
 
