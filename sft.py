@@ -41,7 +41,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import rewards
@@ -97,7 +96,7 @@ def add_training_flags(parser, **defaults):
     add("--lr_schedule", choices=["constant", "linear", "cosine"], help="after the warm-up; two end at 0")
     add("--max_grad_norm", type=FLOAT, default=1.0, help="clip the gradient to this norm; 0: never")
     add("--optim", choices=["adamw", "adamw8bit", "paged_adamw8bit", "muon"], default="adamw",
-        help="8bit: moments of 2 bytes a parameter, not 8; paged: on the CPU when need be; muon: for matrices")
+        help="8bit: moments of 2 bytes a parameter, not 8; paged: on the CPU if need be; muon: for matrices")
     add("--muon_lr", type=FLOAT, help="peak learning rate of the layers' matrices under --optim muon")
     add("--micro_batch_size", type=POSITIVE, default=8, help="rows per forward pass: speed and memory only")
     add = parser.add_argument_group("model and memory").add_argument
@@ -106,8 +105,7 @@ def add_training_flags(parser, **defaults):
     add("--load_in_4bit", action="store_true", help="QLoRA: keep the frozen base in nf4")
     add("--merge", action="store_true", help="LoRA: also write merged/, the base with the adapter merged in")
     add("--activation_checkpointing", action="store_true", help="less memory, about a third slower")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="of compute (weights train in fp32); auto: bfloat16 on a GPU, float32 on a CPU")
+    add("--dtype", choices=["float32", "bfloat16"], help="of compute; None: bfloat16 on a GPU, else float32")
     add("--fsdp", action="store_true", help="shard a whole model over torchrun's processes (FSDP2)")
     add = parser.add_argument_group("files and logs").add_argument
     add("--output_dir", default=f"runs/{Path(__file__).stem}", help="final model, checkpoints, logs")
@@ -150,8 +148,9 @@ def end_token(tokenizer):
 
 
 def read_rows(sources, split, args, tokenizer):
-    """Rows of all sources as (ids [T] of prompt, completion and end token; how many are the prompt's), but for
-    those of more than --max_length ids."""
+    """Rows of all sources as (ids [T] of prompt, completion and end token; how many are the prompt's).
+
+    Rows of more than --max_length ids are left out."""
     rows = [row for source in sources for row in rewards.load_rows(source, split)]
     texts = [rewards.worked_completion(row["task"], row, args.style) for row in rows]
     prompts = prompt_ids(tokenizer, [rewards.messages(row["task"], row, args.style) for row in rows])
@@ -175,8 +174,8 @@ def draw_order(n, seed, start, count):
 def micro_batches(rows, size):
     """This process's share of the rows, `size` at a time: ids [n, L], prompt_lengths [n], mask [n, T].
 
-    Sorted by length, so that little is padding, the longest first, so that too little memory shows at once. The
-    mask goes by lengths, as pad may be the end token. All ranks get as many rows; spare ones have no completion."""
+    Sorted by length, so that little is padding, the longest first, so that too little memory shows at once.
+    Masks go by lengths, as pad may be the end token. Spare rows with no completion make all shares equal."""
     ids = rows[0][0]
     rows = sorted(rows + [(ids, len(ids))] * (-len(rows) % WORLD), key=lambda row: -len(row[0]))[RANK::WORLD]
     for at in range(0, len(rows), size):
@@ -247,9 +246,9 @@ def load_lm(name, device, dtype, load_in_4bit=False):
     """The causal language model `name` in eval mode, in `dtype` or in nf4."""
     options = {"dtype": dtype, "output_loading_info": True}
     if load_in_4bit:
-        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-        options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
-        options["device_map"] = {"": device}
+        options |= {"device_map": {"": device}, "quantization_config": transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype)}
     try:
         lm, found = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
     except Exception as err:  # a damaged file, a missing package, an unknown model, no memory
@@ -257,14 +256,14 @@ def load_lm(name, device, dtype, load_in_4bit=False):
     if found["missing_keys"]:  # transformers puts random numbers in their place
         fail(f"--model {name}: its files lack weights ({', '.join(sorted(found['missing_keys']))[:200]})")
     for module in lm.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # repacks 4-bit weights, which breaks their training
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # it repacks 4-bit weights: no training
             module.support_avx512bf16_for_cpu = False
     return lm.to(device).eval()
 
 
 def load_policy(args, device, dtype):
-    """The model to train, whole in fp32 (an update of 5e-7 would vanish in bf16) or a LoRA adapter in fp32 on a
-    frozen base -> the model, the transformers model in it, completion_logps of it at the right precision."""
+    """The model to train, whole in fp32 (an update of 5e-7 vanishes in bf16) or an fp32 adapter on a frozen
+    base -> the model, the transformers model in it, completion_logps of it at the right precision."""
     if args.load_in_4bit and not args.lora_rank:
         fail("--load_in_4bit needs --lora_rank: 4-bit weights do not train")
     if args.fsdp and (WORLD == 1 or args.lora_rank or args.optim != "adamw"):
@@ -279,7 +278,6 @@ def load_policy(args, device, dtype):
         model = lm = load_lm(args.model, "cpu" if args.fsdp else device, torch.float32)
     if args.activation_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-
     lm.logps = partial(completion_logps, lm)
     if args.fsdp:  # fp32 shards; a layer is gathered in `dtype` to run
         for module in (*lm.base_model.layers, lm):
@@ -291,37 +289,34 @@ def load_policy(args, device, dtype):
 
 
 def completion_logps(lm, ids, prompt_lengths, mask, temperature=1.0, chunk=HEAD_LOGITS):
-    """Of the completions in ids, [n, T] each and 0 where mask is: log-probabilities at `temperature`; without
-    gradient, entropies, and 1 where an id is the likeliest.
+    """Log-probabilities of the completions' ids at `temperature`; without gradient, entropies, and 1 where an
+    id is the likeliest: [n, T] each, 0 where the mask is.
 
-    ids [n, L]: prompt + completion, right-padded (causal attention needs no mask); prompt_lengths [n]; mask
-    [n, T]. At most `chunk` logits exist at once, of completions only; the backward pass computes them again."""
+    ids [n, L]: prompt, completion, padding (needs no mask, as attention is causal);
+    prompt_lengths [n]; mask [n, T]. At most `chunk` logits exist at once, of completions alone; the
+    backward pass computes them again."""
     def head(h, targets):
         logps = (lm.get_output_embeddings()(h).float() / temperature).log_softmax(-1)   # [m, V]; bf16: noise
         frozen = logps.detach()                 # entropies of `logps` itself would keep their gradient
         return (logps.gather(1, targets[:, None]).squeeze(1), -(frozen.exp() * frozen).sum(-1),
                 (frozen.argmax(-1) == targets).float())
 
-    on = mask.bool()
-    states = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state            # [n, L, H]
-    row = torch.arange(len(ids), device=ids.device)[:, None]                            # [n, 1]
-    place = prompt_lengths[:, None] + torch.arange(mask.shape[1], device=ids.device)    # [n, T]
-    place = place.clamp(max=ids.shape[1] - 1)
-    hidden, targets = states[row, place - 1][on], ids[row, place][on]  # [tokens, H], [tokens]
+    states = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state    # [n, L, H]
+    row, t = mask.nonzero(as_tuple=True)                                        # [tokens] each
+    place = prompt_lengths[row] + t
+    hidden, targets = states[row, place - 1], ids[row, place]                   # [tokens, H], [tokens]
     size = max(1, chunk // lm.config.get_text_config().vocab_size)
     if len(targets) > size and torch.is_grad_enabled():
-        head = partial(checkpoint, head, use_reentrant=False)
+        head = partial(torch.utils.checkpoint.checkpoint, head, use_reentrant=False)
     pieces = [head(h, t) for h, t in zip(hidden.split(size), targets.split(size))]
     blank = torch.zeros_like(mask, dtype=torch.float32)
-    return tuple(blank.masked_scatter(on, torch.cat(part)) for part in zip(*pieces))
+    return tuple(blank.index_put((row, t), torch.cat(part)) for part in zip(*pieces))
 
 
 @torch.no_grad()
 def refresh(plain, lm):
-    """Copy what the policy `lm` amounts to as one plain model into `plain`, in place: 4-bit weights are
-    dequantised, shards gathered (collective), an adapter's delta added in fp32 to its base, which stays."""
-    if plain is lm:
-        return
+    """Copy what the policy `lm` amounts to into `plain` (which it may be): 4-bit weights dequantised, shards
+    gathered (collective), an adapter's delta added in fp32 to its base, which stays as it is."""
     target = dict(plain.named_parameters())
     for name, weight in lm.named_parameters():
         if ".lora_" in name:
@@ -338,12 +333,10 @@ def refresh(plain, lm):
 
 
 def learning_rate(step, steps, warmup, schedule):
-    """The factor on the peak learning rate at step 1, 2, ...; falling schedules reach 0 after the last step."""
-    if step <= warmup:
-        return step / warmup
+    """The factor on the peak learning rate at step 1, 2, ...; a falling one is 0 after the last step."""
     progress = (step - 1 - warmup) / max(1, steps - warmup)
-    cosine = (1 + math.cos(math.pi * progress)) / 2
-    return {"constant": 1.0, "linear": 1 - progress, "cosine": cosine}[schedule]
+    falls = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return step / warmup if step <= warmup else falls[schedule]
 
 
 def make_optimizers(model, args):
@@ -356,8 +349,8 @@ def make_optimizers(model, args):
             rest.append(p)
     if "8bit" in args.optim:
         import bitsandbytes
-        make = bitsandbytes.optim.PagedAdamW8bit if "paged" in args.optim else bitsandbytes.optim.AdamW8bit
-        return [make(rest, lr=args.lr, weight_decay=0.0)]
+        kind = "PagedAdamW8bit" if "paged" in args.optim else "AdamW8bit"
+        return [getattr(bitsandbytes.optim, kind)(rest, lr=args.lr, weight_decay=0.0)]
     optimizers = [torch.optim.AdamW(rest, lr=args.lr, weight_decay=0.0, fused=True)]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=args.muon_lr, weight_decay=0.0))
@@ -365,15 +358,14 @@ def make_optimizers(model, args):
 
 
 def update(optimizers, factor, args, usable):
-    """Sum gradients over processes, clip, make one update at `factor` times the peak learning rates -> norm of
-    the gradient before clipping. Where that is not finite, or not `usable`, no weight changes."""
+    """Sum gradients over processes, clip, update at `factor` times the peak learning rates -> norm of the
+    gradient before clipping. Where that is not finite, or not `usable`, no weight changes."""
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     for p in parameters:
         if p.grad is None:                                      # another process may have one
             p.grad = torch.zeros_like(p)
-    if WORLD > 1 and not args.fsdp:                             # FSDP has summed already
-        for handle in [dist.all_reduce(p.grad, async_op=True) for p in parameters]:
-            handle.wait()
+        if WORLD > 1 and not args.fsdp:                         # FSDP has summed already
+            dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
     norm = float(norm.full_tensor() if args.fsdp else norm)
     for optimizer in optimizers:
@@ -389,7 +381,7 @@ def update(optimizers, factor, args, usable):
 def start_processes(dtype):
     """Join torchrun's other processes, if there are any -> this one's device, the compute dtype."""
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
     if WORLD > 1:  # ranks may wait for hours while one samples or saves
@@ -398,7 +390,7 @@ def start_processes(dtype):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=store.timeout)
-    return device, getattr(torch, {"auto": "bfloat16" if cuda else "float32"}.get(dtype, dtype))
+    return device, getattr(torch, dtype or ("bfloat16" if cuda else "float32"))
 
 
 def gather(x):
@@ -414,8 +406,7 @@ def catch_signals():
     def keep(number, frame):
         STOP.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if RANK == 0:                                           # not print, which may be at work
-            os.write(2, b"\nstopping: saving a checkpoint first; Ctrl-C again leaves at once\n")
+        os.write(2, b"\nstopping: saving a checkpoint first; Ctrl-C again leaves at once\n")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, keep)
@@ -423,10 +414,10 @@ def catch_signals():
 
 # ----------------------------------------------------------------------------------------- files
 def open_run(args, defaults):
-    """Take hold of --output_dir -> the state of the newest checkpoint in it that loads, or None for a new run.
+    """Lock --output_dir -> the state of the newest checkpoint in it that loads, or None for a new run.
 
-    Refuses a folder that another process holds, or that holds a run, unless --resume comes with that run's flags
-    (one that it did not know had its default). What was written after the checkpoint is removed."""
+    Refuses a folder that another process holds, or that holds a run, unless --resume comes with that run's
+    flags (a flag it did not know yet had its default). What was written after the checkpoint is removed."""
     out, state, unfinished = Path(args.output_dir), None, [Path(args.output_dir, "tmp-checkpoint")]
     out.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
@@ -440,9 +431,9 @@ def open_run(args, defaults):
     while checkpoints and not state:
         folder = checkpoints.pop()
         try:
-            state = torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu", mmap=True)
-        except Exception as err:  # of many types: cut off, missing, something else
-            note(f"{folder} is damaged ({type(err).__name__}): trying the checkpoint before it")
+            state = dict(torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu", mmap=True))
+        except Exception:  # of many types: cut off, missing, something else
+            note(f"{folder} is damaged: trying the checkpoint before it")
             unfinished.append(folder)
             if not checkpoints:
                 fail(f"--resume: no checkpoint in {out} loads; remove the folder to start again")
@@ -457,15 +448,17 @@ def open_run(args, defaults):
         for folder in unfinished:
             shutil.rmtree(folder, ignore_errors=True)
         for name in LOGS:
-            with open(out / name, "ab") as f:
-                f.truncate(min(f.tell(), state[name] if state else 0))
+            with open(out / name, "ab+") as f:
+                f.seek(0)
+                kept = f.read(state[name] if state else 0)
+                f.truncate(kept.rfind(b"\n") + 1)              # without a torn line
         (out / "args.json").write_text(json.dumps(vars(args), indent=1))
     return state
 
 
 def save_checkpoint(out, state, save_model):
-    """OUT/checkpoint-<step>: a model folder, and in trainer.pt all else that a run is. It is renamed when it is
-    complete, so that a kill at any moment leaves the older ones whole. The newest two stay. On rank 0."""
+    """OUT/checkpoint-<step>: a model folder, and in trainer.pt all else that a run is. Renamed when complete,
+    so that a kill at any moment leaves a whole one. The newest two stay. On rank 0."""
     out = Path(out)
     folder, tmp = out / f"checkpoint-{state['step']}", out / "tmp-checkpoint"
     try:
@@ -484,8 +477,7 @@ def append(path, rows):
     """Append JSON lines; a number that is not finite becomes null, as JSON has no NaN."""
     with open(path, "a") as f:
         for row in rows:
-            row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            f.write(json.dumps(row) + "\n")
+            f.write(json.dumps(json.loads(json.dumps(row), parse_constant=lambda name: None)) + "\n")
 
 
 def open_board(args):
@@ -627,7 +619,8 @@ def train(args):
         gather(0)                                               # torchrun ends all processes when one leaves
         note(f"stopped after step {done['step']} of {steps}: repeat the command with --resume to continue")
         raise SystemExit(128 + stopped.args[0]) from None
-    refresh(plain, lm)
+    if plain is not lm:
+        refresh(plain, lm)
     if RANK == 0:
         save_model(args.output_dir)
         if args.merge:

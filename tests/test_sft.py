@@ -469,7 +469,8 @@ def test_a_flag_file_makes_a_tiny_model_that_learns_and_generates(toy, tmp_path)
 @pytest.mark.parametrize("more, words", [
     (["--steps", 0], "must be at least 1"), (["--lr", "nan"], "--lr"), (["--max_length", 600], "512 tokens"),
     (["--max_length", 20], "every row is longer"), (["--load_in_4bit"], "--lora_rank"),
-    (["--fsdp"], "torchrun"), (["--lora_rank", 2, "--model", "tiny"], "tiny"), (["--style", "x"], "invalid choice"),
+    (["--fsdp"], "torchrun"), (["--lora_rank", 2, "--model", "tiny"], "tiny"),
+    (["--style", "x"], "invalid choice"),
     (["--nonsense"], "unrecognized"), (["@nowhere.txt"], "nowhere.txt"),
     (["--model", "not/there"], "not/there"),
     (["--data", "poetry"], "poetry"), (["--data", "countdown=nowhere.jsonl"], "nowhere.jsonl"),
@@ -478,7 +479,7 @@ def test_a_flag_file_makes_a_tiny_model_that_learns_and_generates(toy, tmp_path)
     (["--data", "countdown=SURROGATE.jsonl"], "line 1"), (["--output_dir", "FILE"], "FILE"),
     (["--model", "TEMPLATE"], "chat template"), (["--model", "DAMAGED"], "DAMAGED")])
 def test_a_command_that_cannot_work_gets_one_line(toy, tmp_path, monkeypatch, capfd, more, words):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     toys.write("BARE.jsonl", toys.COUNTDOWN)
     Path("BROKEN.jsonl").write_text(json.dumps(ROWS[0]) + "\n{\n")
