@@ -301,7 +301,7 @@ class Sampler:
         self.rows = self.columns = 0                            # of the buffers
         layers = transformers.DynamicCache(config=model.config).layers
         if set(map(type, layers)) != {transformers.cache_utils.DynamicLayer}:
-            fail(f"--model: cannot sample from {model.config.model_type}: it caches more than keys and values")
+            fail(f"--model: the cache of {model.config.model_type} has more than keys and values: not supported")
         model.set_attn_implementation("grpo")
 
     @torch.inference_mode()
@@ -584,7 +584,6 @@ def catch_signals():
         signal.signal(number, keep)
 
 
-# ----------------------------------------------------------------------------------------- files
 def open_run(args, defaults):
     """Lock --output_dir -> the state of the newest checkpoint in it that loads, or None for a new run.
 
