@@ -301,7 +301,7 @@ class Sampler:
         self.rows = self.columns = 0                            # of the buffers
         layers = transformers.DynamicCache(config=model.config).layers
         if set(map(type, layers)) != {transformers.cache_utils.DynamicLayer}:
-            fail(f"--model: the cache of {model.config.model_type} has more than keys and values: not supported")
+            fail(f"--model: the cache of {model.config.model_type} is not keys and values alone: unsupported")
         model.set_attn_implementation("grpo")
 
     @torch.inference_mode()
