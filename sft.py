@@ -171,7 +171,7 @@ def draw_order(n, seed, start, count):
     return order[start % n:][:count].tolist()
 
 
-def micro_batches(rows, size):
+def make_batches(rows, size):
     """This process's share of the rows, `size` at a time: ids [n, L], prompt_lengths [n], mask [n, T].
 
     Sorted by length, so that little is padding, the longest first, so that too little memory shows at once.
@@ -211,7 +211,8 @@ def tiny_model(tokenizer, seed):
     torch.manual_seed(seed)
     lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=2048, initializer_range=0.08, tie_word_embeddings=True,
+        num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=2048, initializer_range=0.08,
+        tie_word_embeddings=True,
         bos_token_id=None,eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     angle = torch.arange(100)[:, None] * math.pi / 64 ** torch.linspace(0, 1, 64)   # periods of 2 to 128
     numbers = tokenizer.convert_tokens_to_ids([str(n) for n in range(100)])
@@ -561,7 +562,7 @@ def train(args):
         if held_out and due and done["evaluated"] < done["step"]:
             policy.eval()
             with torch.no_grad():
-                sums = sum(forward(batch) for batch in micro_batches(held_out, args.micro_batch_size))
+                sums = sum(forward(batch) for batch in make_batches(held_out, args.micro_batch_size))
             loss, right, n = sum(gather(sums.cpu())).tolist()
             log(args, board, {"step": done["step"], "eval_loss": loss / n, "eval_token_accuracy": right / n,
                               "eval_tokens": int(n)})
@@ -582,7 +583,7 @@ def train(args):
             rows = [data[i] for i in indices]
             num_tokens = sum(len(ids) - start for ids, start in rows)
             sums = 0
-            for batch in micro_batches(rows, args.micro_batch_size):
+            for batch in make_batches(rows, args.micro_batch_size):
                 # 3. Log-probabilities.
                 part = forward(batch)
                 # 4. Loss and its gradient. FSDP takes the mean over the processes.

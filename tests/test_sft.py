@@ -137,7 +137,7 @@ def test_the_tiny_model_and_tokenizer_load_like_any_checkpoint(tiny, tmp_path):
 def test_only_the_worked_completion_and_its_end_token_are_trained(tmp_path, style):
     tok = toys.tokenizer()                                      # its pad token is its end token
     rows = read(tok, ROWS[:4], tmp_path, "--style", style)
-    (ids, starts, masks), = sft.micro_batches(rows, 4)
+    (ids, starts, masks), = sft.make_batches(rows, 4)
     longest_first = sorted(range(4), key=lambda i: -len(rows[i][0]))
     assert starts.tolist() == [rows[i][1] for i in longest_first]
     for i, line, start, mask in zip(longest_first, ids, starts, masks):
