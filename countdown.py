@@ -19,7 +19,8 @@ The solver (steps 1 to 3: `solve`, `solutions`) is exact, with fractions; steps 
     With probability --aim a line is drawn among those that hit, else at random. After a miss it stops with
     probability --give_up, or at --max_lines, and answers with its last line. RL has persistence to teach.
 
-Rows have nums, target, solution, difficulty, trace, trace_answer; sft.jsonl has --traces rows per problem.
+Rows have nums, target, solution, difficulty, trace, trace_answer; sft.jsonl has --traces rows per
+problem, each with its numbers in an order of its own.
 
     python countdown.py                                   # problems for Qwen2.5-3B, into data/countdown
     python countdown.py @recipes/tiny/countdown.txt       # three small numbers, for a tiny model
@@ -375,7 +376,8 @@ def main(argv=None):
             fail(f"--{split} {wanted[split]}: only {len(rows)} problems; raise --max_number or --max_search")
         rng.shuffle(rows)
     if args.traces and args.train:
-        files["sft"] = [row for row in files["train"] for _ in range(args.traces)]
+        files["sft"] = [{**row, "nums": rng.sample(row["nums"], len(row["nums"]))}
+                        for row in files["train"] for _ in range(args.traces)]
     for name, rows in files.items():
         for i, row in enumerate(tqdm(rows, desc=f"traces of {name}", delay=2, disable=None)):
             rows[i] = {**row, **teach(row["nums"], row["target"], rng.random, args)}
