@@ -20,7 +20,7 @@ CEILINGS = {  # file -> lines, syntax nodes
     "extras/mathematics.py": (200, 2_400)}
 TREES = {name: ast.parse((ROOT / name).read_text()) for name in CEILINGS}
 # names of functions that are each script's own; what else has one name has one text
-OWN = {"draw", "main", "micro_batches", "parse_args", "train"}
+OWN = {"draw", "main", "parse_args", "train"}
 
 ARC = [{"question": f"Which of these is {i}?", "answerKey": "B",
         "choices": {"text": ["none", str(i), "all"], "label": ["A", "B", "C"]}} for i in range(4)]

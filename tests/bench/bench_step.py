@@ -218,7 +218,7 @@ for name in checkouts:
     seconds, lengths, dead, sampling = zip(*(step[name] for step in steps))
     medians[name], sampled = statistics.median(seconds), statistics.median(sampling)
     samples = f", sampling {sampled:.3f} s of it" if sampled else ""    # TRL does not tell
-    print(f"{name:8} median {medians[name]:.3f} s a step ({min(seconds):.3f} to {max(seconds):.3f}){samples},",
+    print(f"{name:8} median {medians[name]:.3f} s ({min(seconds):.3f} to {max(seconds):.3f}){samples},",
           f"mean length {statistics.mean(lengths):.1f}, {statistics.mean(dead):.0%} of groups dead")
 for name in list(checkouts)[1:]:
     by_step = statistics.median(step[name][0] / step["grpo.py"][0] for step in steps)
