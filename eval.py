@@ -22,6 +22,7 @@ import shlex
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import fmean, multimode
 
@@ -118,19 +119,17 @@ def load_tokenizer(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         config = transformers.AutoConfig.from_pretrained(name).get_text_config()
     except Exception as err:  # of a dozen types, for what is one thing to the user
-        fail(f"--model {name}: not a folder with a model, nor a hub id that can be reached "
-             f"({str(err)[:200]})")
+        fail(f"--model {name}: not a model's folder, nor a hub id that can be reached ({str(err)[:200]})")
     if not tokenizer.chat_template:
-        fail(f"--model {name}: its tokenizer has no chat template; "
-             "add chat_template.jinja to the model's folder")
+        fail(f"--model {name}: its tokenizer has no chat template; add chat_template.jinja to its folder")
     return tokenizer, getattr(config, "max_position_embeddings", math.inf)
 
 
 def prompt_ids(tokenizer, chats):
     """The ids of each chat, a list of turns, up to where the assistant's next turn begins."""
     try:
-        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-                 for chat in chats]
+        render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+        texts = [render(chat) for chat in chats]
     except Exception as err:  # whatever a template raises, or does not compile
         fail(f"--model {tokenizer.name_or_path}: its chat template does not take the prompt ({err})")
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
@@ -145,13 +144,15 @@ def load_lm(name, device, dtype, load_in_4bit=False):
             bnb_4bit_compute_dtype=dtype)}
     try:
         lm, found = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
-    except Exception as err:              # a damaged file, a missing package, an unknown model, no memory
+    except Exception as err:  # a damaged file, a missing package, an unknown model, no memory
         fail(f"--model {name}: cannot be loaded ({str(err)[:200]})")
     if found["missing_keys"]:  # transformers puts random numbers in their place
-        fail(f"--model {name}: its files lack weights ({', '.join(sorted(found['missing_keys']))[:200]})")
+        fail(f"--model {name}: its files lack weights ({str(found['missing_keys'])[:200]})")
     for module in lm.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):       # repacks 4-bit weights
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # it repacks 4-bit weights: no training
             module.support_avx512bf16_for_cpu = False
+    sampling = lm.generation_config  # transformers refuses to save one with settings that it would not use
+    sampling.do_sample = bool(sampling.do_sample or sampling.temperature or sampling.top_p)
     return lm.to(device).eval()
 
 

@@ -454,10 +454,12 @@ def load_lm(name, device, dtype, load_in_4bit=False):
     except Exception as err:  # a damaged file, a missing package, an unknown model, no memory
         fail(f"--model {name}: cannot be loaded ({str(err)[:200]})")
     if found["missing_keys"]:  # transformers puts random numbers in their place
-        fail(f"--model {name}: its files lack weights ({', '.join(sorted(found['missing_keys']))[:200]})")
+        fail(f"--model {name}: its files lack weights ({str(found['missing_keys'])[:200]})")
     for module in lm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # it repacks 4-bit weights: no training
             module.support_avx512bf16_for_cpu = False
+    sampling = lm.generation_config  # transformers refuses to save one with settings that it would not use
+    sampling.do_sample = bool(sampling.do_sample or sampling.temperature or sampling.top_p)
     return lm.to(device).eval()
 
 
@@ -597,8 +599,9 @@ def open_run(args, defaults):
         except BlockingIOError:
             fail(f"--output_dir {out} is in use by another run: take another folder")
     checkpoints = sorted(out.glob("checkpoint-*"), key=lambda folder: int(folder.name[11:]))
-    if not args.resume and (checkpoints or list(out.glob("*config.json"))):
-        fail(f"--output_dir {out} holds a run: add --resume to continue it, or remove the folder")
+    finished = not checkpoints and list(out.glob("*config.json"))
+    if finished or checkpoints and not args.resume:
+        fail(f"--output_dir {out} holds a run: remove it or, if there is a checkpoint, add --resume")
     while checkpoints and not state:
         folder = checkpoints.pop()
         try:
@@ -658,7 +661,7 @@ def open_board(args):
     from torch.utils.tensorboard import SummaryWriter
     if args.log_to == "wandb":
         import wandb
-        wandb.init(name=args.output_dir, config=vars(args), sync_tensorboard=True)
+        wandb.init(config=vars(args), sync_tensorboard=True)
     return SummaryWriter(args.output_dir)
 
 
@@ -686,11 +689,9 @@ class Rollout:
 
 def read_prompts(sources, split, args, tokenizer, context):
     """Rows of all sources with their "prompt_ids". Default Countdown data that are not there yet are made."""
-    script, default = Path(__file__).with_name("countdown.py"), Path("data/countdown")
     countdown = "countdown" in [source.split(":")[0] for source in sources]
-    if countdown and not default.exists() and script.exists() and RANK == 0:
-        note("data/countdown is not there yet: making it with countdown.py")
-        subprocess.call([sys.executable, script, "--out", default])
+    if countdown and not Path("data/countdown").exists() and RANK == 0:
+        subprocess.call([sys.executable, Path(__file__).with_name("countdown.py")])
     gather(0)                                                   # the other ranks wait for it
     rows = sum([rewards.load_rows(source, split) for source in sources], [])
     ids = prompt_ids(tokenizer, [rewards.messages(row["task"], row, args.style) for row in rows])

@@ -212,8 +212,8 @@ def tiny_model(tokenizer, seed):
     lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=2048, initializer_range=0.08,
-        tie_word_embeddings=True,
-        bos_token_id=None,eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
     angle = torch.arange(100)[:, None] * math.pi / 64 ** torch.linspace(0, 1, 64)   # periods of 2 to 128
     numbers = tokenizer.convert_tokens_to_ids([str(n) for n in range(100)])
     lm.get_input_embeddings().weight.data[numbers] = 0.11 * torch.cat([angle.sin(), angle.cos()], 1)
@@ -255,10 +255,12 @@ def load_lm(name, device, dtype, load_in_4bit=False):
     except Exception as err:  # a damaged file, a missing package, an unknown model, no memory
         fail(f"--model {name}: cannot be loaded ({str(err)[:200]})")
     if found["missing_keys"]:  # transformers puts random numbers in their place
-        fail(f"--model {name}: its files lack weights ({', '.join(sorted(found['missing_keys']))[:200]})")
+        fail(f"--model {name}: its files lack weights ({str(found['missing_keys'])[:200]})")
     for module in lm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # it repacks 4-bit weights: no training
             module.support_avx512bf16_for_cpu = False
+    sampling = lm.generation_config  # transformers refuses to save one with settings that it would not use
+    sampling.do_sample = bool(sampling.do_sample or sampling.temperature or sampling.top_p)
     return lm.to(device).eval()
 
 
@@ -427,8 +429,9 @@ def open_run(args, defaults):
         except BlockingIOError:
             fail(f"--output_dir {out} is in use by another run: take another folder")
     checkpoints = sorted(out.glob("checkpoint-*"), key=lambda folder: int(folder.name[11:]))
-    if not args.resume and (checkpoints or list(out.glob("*config.json"))):
-        fail(f"--output_dir {out} holds a run: add --resume to continue it, or remove the folder")
+    finished = not checkpoints and list(out.glob("*config.json"))
+    if finished or checkpoints and not args.resume:
+        fail(f"--output_dir {out} holds a run: remove it or, if there is a checkpoint, add --resume")
     while checkpoints and not state:
         folder = checkpoints.pop()
         try:
@@ -488,7 +491,7 @@ def open_board(args):
     from torch.utils.tensorboard import SummaryWriter
     if args.log_to == "wandb":
         import wandb
-        wandb.init(name=args.output_dir, config=vars(args), sync_tensorboard=True)
+        wandb.init(config=vars(args), sync_tensorboard=True)
     return SummaryWriter(args.output_dir)
 
 
@@ -525,8 +528,6 @@ def train(args):
     for config in (lm.generation_config, plain.generation_config):      # it stops at the end of a turn
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         config.eos_token_id = sorted({*ends, end_token(tokenizer)} - {None})
-        # settings of sampling without it cannot be saved
-        config.do_sample = bool(config.do_sample or config.temperature or config.top_p or config.top_k)
     optimizers = make_optimizers(policy, args)
     done = {"step": 0, "evaluated": 0, "saved": 0}              # the last step; the last steps that ...
     if state:
