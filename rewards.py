@@ -29,7 +29,6 @@ from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 
 STYLES = ("reasoning", "think")
@@ -247,10 +246,8 @@ def arc_gold(row):
 
 
 def code(said, row):
-    """The last fenced block of the answer (or of a tail without one), or the bare answer, passes the tests.
-
-    How it is run, and what that does not protect from: see extras/sandbox.py.
-    """
+    """The last fenced block of the answer (or of a tail without one), or the bare answer, passes the tests;
+    extras/sandbox.py says how it is run, and what that does not protect from."""
     from extras import sandbox
     blocks = FENCED.findall(said[-200_000:]) or [re.sub(r"\A\s*```.*", "", said)]
     return sandbox.passes(blocks[-1], row["test_list"], row.get("test_setup_code") or "")
@@ -499,7 +496,7 @@ def load_rows(source, split):
 
     split: train, val or test. PATH is a .jsonl or .parquet file (whatever the split), a folder that holds
     {split}.jsonl or {split}.parquet, or a hub id; without PATH, the task's default. N takes the first N rows.
-    """
+    A math row that has but a solution, without a box, is a proof: it cannot be scored and is left out."""
     spec, colon, count = source.rpartition(":") if ":" in source else (source, "", "")
     task, equals, path = spec.partition("=")
     if task not in TASKS:
@@ -516,13 +513,16 @@ def load_rows(source, split):
     default, _, config = TASKS[task]["data"].partition(" ")
     found = read_rows(path or default, split, config if path in ("", default) else "")
     rows = []
-    for place, row in islice(found, int(count) if colon else None):
+    for place, row in found:
         check(row, TASKS[task]["columns"], place)
-        if TASKS[task]["gold"](row) in (None, ""):
+        if TASKS[task]["gold"](row) not in (None, ""):
+            rows.append({**row, "task": task})
+        elif task != "math" or row.get("answer") is not None or type(row.get("solution")) is not str:
             raise DataError(f"{place}: {TASKS[task]['needs']}")
-        rows.append({**row, "task": task})
+        if colon and len(rows) == int(count):
+            break
     if not rows:
-        raise DataError(f"{path or default}: holds no rows")
+        raise DataError(f"{path or default}: holds no rows that can be scored")
     return rows
 
 

@@ -618,29 +618,39 @@ def test_without_math_verify_math_is_one_line_before_its_data(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------ code: which program counts
-RIGHT, WRONG = "def f(x):\n    return 2 * x", "def f(x):\n    return 4"
-BLOCK, BAD_BLOCK = f"```python\n{RIGHT}\n```", f"```\n{WRONG}\n```"
+DOUBLES, CONSTANT = "def f(x):\n    return 2 * x", "def f(x):\n    return 4"
+BLOCK, BAD_BLOCK = f"```python\n{DOUBLES}\n```", f"```\n{CONSTANT}\n```"
 DOUBLE = {"text": "Double it.", "test_list": ["assert f(2) == 4", "assert f(5) == 10"], "test_setup_code": ""}
 
 
 @pytest.mark.parametrize("text, want", [
-    (f"<reasoning>a</reasoning><answer>{RIGHT}</answer>", 1),
+    (f"<reasoning>a</reasoning><answer>{DOUBLES}</answer>", 1),
     (f"<reasoning>a</reasoning><answer>\n{BLOCK}\n</answer>", 1),
     (f"<reasoning>a</reasoning><answer>Here:\n{BAD_BLOCK}\nbetter:\n{BLOCK}\nDone.</answer>", 1),
     (f"<reasoning>a</reasoning><answer>{BLOCK}\nno:\n{BAD_BLOCK}</answer>", 0),
     (f"<reasoning>a</reasoning>\n{BLOCK}", 1),
     (f"<reasoning>\n{BLOCK}\n</reasoning>", 0),
     (f"<reasoning>\n{BLOCK}\n", 0),
-    (f"<reasoning>a</reasoning>{RIGHT}", 0),
+    (f"<reasoning>a</reasoning>{DOUBLES}", 0),
     (f"<reasoning>a</reasoning><answer></answer>\n{BLOCK}", 0),
     (f"<reasoning>a</reasoning><answer>{BAD_BLOCK}</answer>\n{BLOCK}", 0),
     ("<reasoning>a</reasoning><answer>I would double x.</answer>", 0),
-    (f"<reasoning>a</reasoning><answer>```python\n{RIGHT}\n</answer>", 1)])
+    (f"<reasoning>a</reasoning><answer>```python\n{DOUBLES}\n</answer>", 1)])
 def test_the_last_fenced_program_of_the_answer_counts(text, want):
     assert rewards.correct("code", text, DOUBLE) == want
 
 
 def test_a_batch_of_programs_keeps_its_order():
-    texts = [f"<reasoning>a</reasoning><answer>{p}</answer>" for p in (RIGHT, WRONG, RIGHT, WRONG, WRONG, RIGHT)]
+    texts = [f"<reasoning>a</reasoning><answer>{p}</answer>" for p in (DOUBLES, CONSTANT, DOUBLES, CONSTANT, CONSTANT, DOUBLES)]
     scored = rewards.score_batch(["code"] * 6, texts, [DOUBLE] * 6)
     assert [parts["correct"] for parts in scored] == [1, 0, 1, 0, 0, 1]
+
+
+def test_proofs_are_left_out_of_mathematics_and_do_not_count(tmp_path):
+    rows = [{"problem": "Prove it.", "solution": "Clear."}, {"problem": "1+1?", "solution": r"It is $\boxed{2}$."},
+            {"problem": "Prove that.", "solution": "Also clear."}, {"problem": "2+2?", "solution": r"\boxed{4}"}]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row["problem"] for row in rewards.load_rows(f"math={tmp_path}/m.jsonl:2", "train")] == ["1+1?", "2+2?"]
+    (tmp_path / "p.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(rewards.DataError, match="no rows that can be scored"):
+        rewards.load_rows(f"math={tmp_path}/p.jsonl", "train")
