@@ -1,8 +1,9 @@
-"""What grpo.py promises, each property against a truth of its own: the papers' formulas in float64 over full logits,
-TRL, enumeration of all sequences, transformers' generate, a run that nothing happened to.
+"""What grpo.py promises, each property against a truth of its own: the papers' formulas in float64 over full
+logits, TRL, enumeration of all sequences, transformers' generate, a run that was not interrupted.
 
-TRL runs its own code from the rewards on, over ids, rewards and log-probabilities that are fixed here. Its numbers stand
-in grpo_reference.json, for where it is not installed; `python tests/test_grpo.py --write` computes them anew."""
+TRL runs its own code from the rewards on, over ids, rewards and log-probabilities that are fixed here. Its
+numbers are in grpo_reference.json, for where TRL is not installed; `python tests/test_grpo.py --write`
+computes them again."""
 import contextlib
 import copy
 import fcntl
@@ -40,10 +41,11 @@ from toys import exit_code
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"                      # tests fork
 LOSSES = ("grpo", "dr_grpo", "dapo", "cispo", "gspo")
-KEYS = {"step", "reward", "correct", "format", "length", "process", "efficiency", "frac_reward_zero_std",
-        "frac_reward_zero_std_after", "completion_length", "truncated", "entropy", "kl", "clip_low", "clip_high",
-        "grad_norm", "logp_gap", "lr", "temperature", "sample_seconds", "sample_tokens_per_s", "update_seconds",
-        "update_tokens_per_s", "step_seconds", "peak_memory_gb"}
+KEYS = {
+    "step", "reward", "correct", "format", "length", "process", "efficiency", "frac_reward_zero_std",
+    "frac_reward_zero_std_after", "completion_length", "truncated", "entropy", "kl", "clip_low", "clip_high",
+    "grad_norm", "logp_gap", "lr", "temperature", "sample_seconds", "sample_tokens_per_s", "update_seconds",
+    "update_tokens_per_s", "step_seconds", "peak_memory_gb"}
 SCORE_BATCH = rewards.score_batch
 
 
@@ -62,7 +64,8 @@ def pay(patch, earn):
     """Replaces the graders: a completion earns earn(text, row)."""
     def score_batch(tasks, texts, rows, *args, **kwargs):
         earned = [float(earn(text, row)) for text, row in zip(texts, rows, strict=True)]
-        return [dict.fromkeys(rewards.WEIGHTS, 0.0) | {"correct": float(x > 0.5), "reward": x} for x in earned]
+        return [dict.fromkeys(rewards.WEIGHTS, 0.0) | {"correct": float(x > 0.5), "reward": x}
+                for x in earned]
     patch.setattr(rewards, "score_batch", score_batch)
 
 
@@ -73,14 +76,16 @@ def paid(monkeypatch):
 
 def flags(toy, out, *more):
     """What most tests want, then `more`, which overrides it."""
-    return (f"--model {toy}/model --data countdown={toy}/countdown --output_dir {out} --steps 2 --prompts_per_step 4 "
-            "--group_size 4 --max_new_tokens 12 --beta 0 --warmup 0 --lr 1e-3 --max_resample 0 "
-            + " ".join(map(str, more))).split()
+    usual = (f"--model {toy}/model --data countdown={toy}/countdown --output_dir {out}",
+             "--steps 2 --group_size 4 --prompts_per_step 4 --max_new_tokens 12",
+             "--beta 0 --warmup 0 --lr 1e-3 --max_resample 0")
+    return " ".join(map(str, usual + more)).split()
 
 
 def main(argv):
-    """grpo.main(), after which this process holds neither its lock nor its signal handlers, as if it had ended."""
-    handlers, locks, flock = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}, [], fcntl.flock
+    """grpo.main(), after which this process holds neither its lock nor its signal handlers."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    locks, flock = [], fcntl.flock
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fcntl, "flock", lambda fd, how: (locks.append(fd), flock(fd, how)))
         try:
@@ -109,7 +114,7 @@ def together(world, argv, before=lambda rank: None):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What runs had in hand: policies, groups sampled, gradients before each update, what the loss was called with."""
+    """Of runs: policies, sampled groups, gradients before each update, what the loss was called with."""
     seen = SimpleNamespace(policies=[], groups=[], gradients=[], losses=[])
 
     def spy(name, record):
@@ -129,9 +134,12 @@ def seen(monkeypatch):
         seen.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
         return real_update(*args, **kwargs)
 
+    def kept(x):
+        return x if x is None else x.detach().clone()
+
     spy("load_policy", lambda found, *_: seen.policies.append(found[0]))
     spy("sample", lambda groups, *_: seen.groups.append(groups))
-    spy("policy_loss", lambda found, *args: seen.losses.append([x if x is None else x.detach().clone() for x in args]))
+    spy("policy_loss", lambda found, *args: seen.losses.append(tuple(map(kept, args))))
     monkeypatch.setattr(grpo, "update", update)
     return seen
 
@@ -144,7 +152,7 @@ def made_up(n, seed=0, limit=12, adv=None):
         length = limit if i % 3 == 0 else rng.randint(0, limit - 1)
         ids = [rng.randrange(10, toys.VOCAB) for _ in range(length)] + [0] * (i % 3 != 0)
         out.append(grpo.Rollout(index=0, prompt=prompt, completion=ids, logps=torch.full((len(ids),), -4.0),
-                                ended=i % 3 != 0, text="", parts={"reward": 0.0, "correct": 0.0, "format": 0.0},
+                                ended=i % 3 != 0, text="", parts={"reward": 0.0, "correct": 0.0},
                                 advantage=rng.gauss(0, 1) if adv is None else adv))
     return out
 
@@ -153,8 +161,9 @@ def train_on(monkeypatch, rollouts):
     """From now on every step trains on these rollouts, with the advantages that they have."""
     groups = [rollouts[at:at + 4] for at in range(0, len(rollouts), 4)]
     monkeypatch.setattr(grpo, "sample", lambda *args, **kwargs: groups)
-    monkeypatch.setattr(grpo, "score", lambda *args, **kwargs: None)
-    monkeypatch.setattr(grpo, "advantages", lambda *args, **kwargs: torch.tensor([r.advantage for r in rollouts]))
+    monkeypatch.setattr(grpo, "score", lambda groups, *args, **kwargs: groups)
+    adv = torch.tensor([r.advantage for r in rollouts])
+    monkeypatch.setattr(grpo, "advantages", lambda *args, **kwargs: adv)
 
 
 def shaken(monkeypatch, size=0.02):
@@ -181,7 +190,8 @@ def taken(logps, ids):
     return logps.gather(1, torch.tensor(ids)[:, None]).squeeze(1)
 
 
-def plain_gradient(lm, rollouts, loss="dapo", *, temperature=1.0, beta=0.0, ref=None, masked=False, limit=12, extra=0.0):
+def plain_gradient(lm, rollouts, loss="dapo", *, temperature=1.0, beta=0.0, ref=None, masked=False, limit=12,
+                   extra=0.0):
     """Gradient of a step's loss at ratio 1 in float64, sequence by sequence, from the papers' formulas."""
     lm = copy.deepcopy(lm).double().train()
     lm.zero_grad()
@@ -195,7 +205,8 @@ def plain_gradient(lm, rollouts, loss="dapo", *, temperature=1.0, beta=0.0, ref=
         each = -(logp if loss == "cispo" else ratio) * r.advantage + extra * logp
         if beta:
             with torch.no_grad():
-                at_ref = taken(full_logps(copy.deepcopy(ref).double(), r.prompt, r.completion, temperature), r.completion)
+                at_ref = taken(full_logps(copy.deepcopy(ref).double(), r.prompt, r.completion, temperature),
+                               r.completion)
             each = each + beta * ((at_ref - logp).exp() - (at_ref - logp) - 1)
         total = total + {"grpo": each.mean() / len(rollouts), "gspo": each.mean() / len(rollouts),
                          "dapo": each.sum() / tokens, "cispo": each.sum() / tokens,
@@ -243,17 +254,18 @@ def refusal(argv, capfd):
 
 
 def p_value(chi_square, freedom):
-    return float(torch.special.gammaincc(torch.tensor(freedom / 2.0).double(), torch.tensor(chi_square / 2).double()))
+    half = torch.tensor([freedom, chi_square], dtype=torch.float64) / 2
+    return float(torch.special.gammaincc(*half))
 
 
-# ------------------------------------------------------------------------------------------- advantages and loss
+# -------------------------------------------------------------------------------------- advantages and loss
 SCALES, BETAS = ("group", "batch", "none"), (0.0, 0.04)
 COMBINATIONS = list(itertools.product(LOSSES, SCALES, BETAS, ((0.2, 0.2), (0.2, 0.28)), (False, True)))
 GOLDEN = Path(__file__).with_name("grpo_reference.json")
-# three groups of three, the second without spread; means are exact in binary, so that rounding decides nothing
+# three groups of three, the second without spread; means are exact in binary: rounding decides nothing
 REWARDS = [1.0, 0.25, 1.0, 0.5, 0.5, 0.5, 0.0, 1.0, 0.5]
 LENGTHS, LIMIT = [6, 3, 2, 6, 1, 4, 5, 6, 3], 6
-ENDED = [False, True, True, True, True, True, True, False, True]    # row 3 ends with the last token it may have
+ENDED = [False, True, True, True, True, True, True, False, True]  # row 3 ends with the last token it may have
 
 
 def fixed_inputs():
@@ -274,7 +286,8 @@ def name_of(loss, scale, beta, clip, masked):
 
 def token_mask(masked):
     """[9, 6], 1 on tokens that are trained."""
-    return torch.tensor([[float(t < n and (end or not masked)) for t in range(LIMIT)] for n, end in zip(LENGTHS, ENDED)])
+    return torch.tensor([[float(t < n and (end or not masked)) for t in range(LIMIT)]
+                         for n, end in zip(LENGTHS, ENDED)])
 
 
 def trl_trainer(folder):
@@ -282,9 +295,9 @@ def trl_trainer(folder):
     import datasets
     from trl import GRPOConfig, GRPOTrainer
     toys.save(folder)
-    config = GRPOConfig(output_dir=f"{folder}/out", per_device_train_batch_size=9, num_generations=3, beta=0.04,
-                        report_to="none", max_completion_length=LIMIT, use_bias_correction_kl=False, temperature=1.3,
-                        use_cpu=True, bf16=False, disable_tqdm=True)
+    config = GRPOConfig(output_dir=f"{folder}/out", per_device_train_batch_size=9, num_generations=3,
+                        report_to="none", max_completion_length=LIMIT, use_bias_correction_kl=False,
+                        temperature=1.3, beta=0.04, use_cpu=True, bf16=False, disable_tqdm=True)
     rows = datasets.Dataset.from_list([{"prompt": str(i), "row": i} for i in range(9)])
     trainer = GRPOTrainer(model=f"{folder}/model", args=config, train_dataset=rows,
                           reward_funcs=lambda prompts, completions, row, **_: [REWARDS[i] for i in row])
@@ -340,7 +353,8 @@ def reference(request):
         return lambda *combination: theirs(trainer, *combination)
     golden = json.loads(GOLDEN.read_text())
     assert set(golden) == {name_of(*c) for c in COMBINATIONS}
-    assert len({json.dumps(x["gradient"]) for x in golden.values()}) > 0.8 * len(golden)    # the inputs tell them apart
+    distinct = {json.dumps(x["gradient"]) for x in golden.values()}
+    assert len(distinct) > 0.8 * len(golden)                        # the inputs tell the combinations apart
     return lambda *combination: golden[name_of(*combination)]
 
 
@@ -354,11 +368,12 @@ def test_loss_gradient_and_advantages_equal_those_of_trl(reference, loss):
 
 def test_clip_shares_and_kl_equal_those_of_trl(trl):
     shown = {}
-    for combination in (c for c in COMBINATIONS if c[0] in ("grpo", "dr_grpo", "dapo") and c[1] == "group" and c[2]):
+    for combination in (c for c in COMBINATIONS if c[0] in LOSSES[:3] and c[1] == "group" and c[2]):
         trl._metrics["train"].clear()
         theirs(trl, *combination)
         parts = ours(*combination)[1]
-        for mine, its in (("clip_low", "clip_ratio/low_mean"), ("clip_high", "clip_ratio/high_mean"), ("kl", "kl")):
+        for mine, its in (("clip_low", "clip_ratio/low_mean"), ("clip_high", "clip_ratio/high_mean"),
+                          ("kl", "kl")):
             assert float(parts[mine]) == pytest.approx(trl._metrics["train"][its][-1], abs=1e-6)
             shown[mine] = max(shown.get(mine, 0), float(parts[mine]))
     assert all(shown.values())
@@ -382,21 +397,24 @@ def test_losses_of_micro_batches_add_up_when_ratios_differ_from_one():
     def grade(parts, loss):
         leaf, totals = logp.clone().requires_grad_(), torch.zeros(5)
         for rows in parts:
-            value, said = grpo.policy_loss(leaf[rows], old[rows], ref[rows], adv[rows], mask[rows], loss=loss, beta=0.1,
+            value, said = grpo.policy_loss(leaf[rows], old[rows], ref[rows], adv[rows], mask[rows], loss=loss,
+                                           beta=0.1,
                                            num_tokens=float(mask.sum()), num_seqs=12, max_new_tokens=9)
             value.backward()
             totals += torch.stack([value.detach(), *said.values()])
         return leaf.grad, totals
 
     for loss in LOSSES:
-        for found, wanted in zip(grade([[7, 2, 9, 0, 4], [11, 1], [3], [5, 6, 8, 10]], loss), grade([list(range(12))], loss)):
+        for found, wanted in zip(grade([[7, 2, 9, 0, 4], [11, 1], [3], [5, 6, 8, 10]], loss),
+                                 grade([list(range(12))], loss)):
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------- log-probabilities
+# -------------------------------------------------------------------------------------- log-probabilities
 def padded(rollouts, more=0):
     """ids, prompt lengths and mask, right-padded by `more` columns beyond the longest row."""
-    width, longest = (max(len(x) for x in xs) for xs in zip(*((r.prompt + r.completion, r.completion) for r in rollouts)))
+    width, longest = (max(len(x) for x in xs) for xs in zip(*((r.prompt + r.completion, r.completion)
+                                                              for r in rollouts)))
     ids, mask = torch.full((len(rollouts), width + more), 99), torch.zeros(len(rollouts), longest + more)
     for i, r in enumerate(rollouts):
         ids[i, :len(r.prompt + r.completion)] = torch.tensor(r.prompt + r.completion)
@@ -416,7 +434,8 @@ def test_log_probabilities_and_entropies_equal_a_full_forward_whatever_the_paddi
                 wanted, n = full_logps(lm, r.prompt, r.completion, 0.7), len(r.completion)
             torch.testing.assert_close(logp[i, :n], taken(wanted, r.completion), rtol=0, atol=1e-5)
             torch.testing.assert_close(entropy[i, :n], -(wanted.exp() * wanted).sum(-1), rtol=0, atol=1e-5)
-            assert likeliest[i, :n].tolist() == (wanted.argmax(-1) == torch.tensor(r.completion)).float().tolist()
+            hits = wanted.argmax(-1) == torch.tensor(r.completion)
+            assert likeliest[i, :n].tolist() == hits.float().tolist()
             assert not logp[i, n:].any() and not entropy[i, n:].any()
     for gradient in gradients[1:]:
         assert_same(gradient, gradients[0], atol=1e-4)
@@ -476,17 +495,20 @@ def test_no_tensor_of_batch_by_time_by_vocabulary_ever_exists():
 
 # ------------------------------------------------------------------------------------------- the update
 @pytest.mark.parametrize("loss", LOSSES)
-def test_gradient_of_a_step_is_the_papers_for_any_split_into_micro_batches(toy, tmp_path, monkeypatch, seen, loss):
+def test_gradient_of_a_step_is_the_papers_for_any_split_into_micro_batches(
+        toy, tmp_path, monkeypatch, seen, loss):
     shaken(monkeypatch)
     for size, order in ((8, 0), (3, 5)):
         rollouts = made_up(8)
         random.Random(order).shuffle(rollouts)
         with monkeypatch.context() as patch:
             train_on(patch, rollouts)
-            run(toy, tmp_path / f"{size}", f"--loss {loss} --beta 0.05 --mask_truncated --micro_batch_size {size} --steps 1",
+            run(toy, tmp_path / f"{size}",
+                f"--loss {loss} --beta 0.05 --mask_truncated --micro_batch_size {size} --steps 1",
                 "--prompts_per_step 2 --temperature 0.8 --lr 0")
         before = toys.model()
-        wanted = plain_gradient(seen.policies[-1], rollouts, loss, temperature=0.8, beta=0.05, ref=before, masked=True)
+        wanted = plain_gradient(seen.policies[-1], rollouts, loss, temperature=0.8, beta=0.05, ref=before,
+                                masked=True)
         assert_same(seen.gradients[-1], wanted)
 
 
@@ -495,7 +517,8 @@ def test_every_sampled_id_is_trained_the_end_included_and_none_is_tokenised_agai
     logps, sample = grpo.completion_logps, grpo.Sampler.__call__
 
     def spy_logps(lm, ids, prompt_lengths, mask, *args):
-        trained.extend(ids[i, :prompt_lengths[i] + int(mask[i].sum())].tolist() for i in range(len(ids)) if mask[i].any())
+        trained.extend(ids[i, :prompt_lengths[i] + int(mask[i].sum())].tolist() for i in range(len(ids))
+                       if mask[i].any())
         return logps(lm, ids, prompt_lengths, mask, *args)
 
     def spy_sample(self, prompts, noise, group_size, *args):
@@ -524,7 +547,8 @@ def test_a_step_of_equal_rewards_changes_nothing_without_the_kl_and_is_pulled_ba
 
     @torch.no_grad()
     def kl(lm):
-        pairs = [[full_logps(m, r.prompt, r.completion) for m in (lm, reference)] for r in sum(seen.groups[0], [])]
+        pairs = [[full_logps(m, r.prompt, r.completion) for m in (lm, reference)]
+                 for r in sum(seen.groups[0], [])]
         return sum(float((p.exp() * (p - q)).sum()) for p, q in pairs)
 
     def update(*args, **kwargs):
@@ -548,7 +572,8 @@ def test_rows_without_an_advantage_are_measured_but_get_no_backward_pass(toy, tm
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: (passes.append(1), backward(loss)))
     for beta in (0, 1e-12):                                         # with the KL every row has a gradient
         passes.clear()
-        said += run(toy, tmp_path / f"{beta}", f"--beta {beta} --micro_batch_size 4 --steps 1 --prompts_per_step 3")
+        said += run(toy, tmp_path / f"{beta}",
+                    f"--beta {beta} --micro_batch_size 4 --steps 1 --prompts_per_step 3")
         assert len(passes) == (2 if beta == 0 else 3)
     for name in ("entropy", "logp_gap", "loss", "grad_norm"):
         assert said[0][name] == pytest.approx(said[1][name], rel=1e-4, abs=1e-7)
@@ -567,7 +592,8 @@ def test_a_loss_term_of_your_own_is_trained_on_groups_without_advantage_too(toy,
     assert_same(seen.gradients[0], plain_gradient(toys.model(), rollouts, extra=0.3))
 
 
-def test_completions_that_are_all_cut_off_and_masked_change_nothing_and_every_number_is_logged(toy, tmp_path, seen):
+def test_completions_that_are_all_cut_off_and_masked_change_nothing_and_every_number_is_logged(
+        toy, tmp_path, seen):
     lines = run(toy, tmp_path, "--mask_truncated --max_new_tokens 1 --seed 3 --steps 1")
     assert all(m["truncated"] == 1 for m in lines) and all(KEYS <= set(m) for m in lines)
     assert far(tmp_path, toy / "model") == 0
@@ -575,14 +601,16 @@ def test_completions_that_are_all_cut_off_and_masked_change_nothing_and_every_nu
 
 def test_later_inner_epochs_take_the_first_ones_log_probabilities_as_old(toy, tmp_path, monkeypatch, seen):
     train_on(monkeypatch, made_up(8))
-    line, = run(toy, tmp_path, "--inner_epochs 3 --micro_batch_size 8 --steps 1 --prompts_per_step 2 --clip_low 0.01",
+    line, = run(toy, tmp_path,
+                "--inner_epochs 3 --micro_batch_size 8 --steps 1 --prompts_per_step 2 --clip_low 0.01",
                 "--clip_high 0.02")
     (first, old, *_), *later = seen.losses
     assert len(later) == 2 and torch.equal(first, old)
     assert all(torch.equal(old, first) and (logp - old).abs().max() > 1e-3 for logp, old, *_ in later)
     assert not torch.equal(later[0][0], later[1][0])
     logp, old, _, adv, mask = later[-1]                             # metrics are those of the last epoch
-    for name, clipped, sign in (("clip_low", lambda ratio: ratio < 0.99, -1), ("clip_high", lambda ratio: ratio > 1.02, 1)):
+    for name, clipped, sign in (("clip_low", lambda ratio: ratio < 0.99, -1),
+                                ("clip_high", lambda ratio: ratio > 1.02, 1)):
         share = (clipped((logp - old).exp()) & (sign * adv[:, None] > 0) & (mask > 0)).sum() / mask.sum()
         assert line[name] == pytest.approx(float(share), abs=1e-6) and share > 0
 
@@ -608,10 +636,12 @@ def test_the_learning_rate_rises_evenly_to_its_peak_and_then_follows_the_schedul
         warmup = min(warmup, steps - 1)
         for schedule in ("constant", "linear", "cosine"):
             rates = [grpo.learning_rate(step, steps, warmup, schedule) for step in range(1, steps + 2)]
-            assert rates[:warmup] == pytest.approx([i / warmup for i in range(1, warmup + 1)]) and rates[warmup] == 1
+            assert rates[:warmup] == pytest.approx([i / warmup for i in range(1, warmup + 1)])
+            assert rates[warmup] == 1
             assert rates[warmup:] == sorted(rates[warmup:], reverse=True) and min(rates[:-1]) > 0
-            assert rates[-1] == pytest.approx(float(schedule == "constant"), abs=1e-9)  # the step after the last
-    assert grpo.learning_rate(5, 8, 0, "cosine") == grpo.learning_rate(5, 8, 0, "linear") == pytest.approx(0.5)
+            after_the_last = 1 if schedule == "constant" else 0
+            assert rates[-1] == pytest.approx(after_the_last, abs=1e-9)
+    assert [grpo.learning_rate(5, 8, 0, name) for name in ("cosine", "linear")] == pytest.approx([0.5, 0.5])
 
 
 # ------------------------------------------------------------------------------------------- sampling
@@ -637,7 +667,8 @@ def naive(lm, prompts, u, group_size, limit=20, temperature=1.2):
     for i in range(len(prompts) * group_size):
         ids, logp = [], []
         while len(ids) < limit and not ENDS & set(ids[-1:]):
-            logits = lm(input_ids=torch.tensor([prompts[i // group_size] + ids]), use_cache=False).logits[0, -1]
+            context = torch.tensor([prompts[i // group_size] + ids])
+            logits = lm(input_ids=context, use_cache=False).logits[0, -1]
             p = (logits.double() / temperature).softmax(-1)
             ids.append(int(p.argmax()) if u is None else int((p.cumsum(0) <= u[i, len(ids)]).sum()))
             logp.append(float(p[ids[-1]].log()))
@@ -659,12 +690,14 @@ def test_completions_and_their_log_probabilities_are_those_of_a_naive_loop(kind)
     for u, group in ((noise(), 4), (None, 1)):
         wanted = naive(lm, PROMPTS[:3], u, group)
         assert_sampled(fast(PROMPTS[:3], u, group, 20, 1.2), wanted)
-        assert u is None or len(set(map(len, wanted[0]))) > 2       # they end here and there, and leave the batch
+        assert u is None or len(set(map(len, wanted[0]))) > 2  # they end here and there, and leave the batch
     with torch.inference_mode():
         for x in tree_leaves(fast.kv):                              # what lies in the buffers weighs nothing
             x.normal_(std=100)
-    assert_sampled(fast(PROMPTS[3:], noise(2, 5, 1), 2, 5, 0.7), naive(lm, PROMPTS[3:], noise(2, 5, 1), 2, 5, 0.7))
-    assert_sampled(grpo.Sampler(lm, ENDS)(PROMPTS[:1], noise(1, 1), 1, 1, 1.2), naive(lm, PROMPTS[:1], noise(1, 1), 1, 1))
+    assert_sampled(fast(PROMPTS[3:], noise(2, 5, 1), 2, 5, 0.7),
+                   naive(lm, PROMPTS[3:], noise(2, 5, 1), 2, 5, 0.7))
+    assert_sampled(grpo.Sampler(lm, ENDS)(PROMPTS[:1], noise(1, 1), 1, 1, 1.2),
+                   naive(lm, PROMPTS[:1], noise(1, 1), 1, 1))
 
 
 def test_greedy_completions_are_those_of_transformers_generate_with_every_end_token():
@@ -672,7 +705,8 @@ def test_greedy_completions_are_those_of_transformers_generate_with_every_end_to
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    out = lm.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=40, eos_token_id=None)
+    out = lm.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=40,
+                      eos_token_id=None)
     free = out[:, width:].tolist()
     ends = {free[0][5], free[1][11], free[2][2]}                    # met at different times
     wanted = [row[:next((t for t, x in enumerate(row) if x in ends), 39) + 1] for row in free]
@@ -700,7 +734,7 @@ def test_a_completion_depends_on_its_prompt_and_noise_alone_not_on_its_company()
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_the_sampling_law_is_the_law_that_is_trained(temperature):
-    """All sequences of up to 3 of 8 tokens, counted over 4,000 samples, against softmax(logits / T) enumerated."""
+    """All sequences of up to 3 of 8 tokens, counted over 4,000 samples, against enumerated probabilities."""
     lm, limit, n = toys.model(seed=1, std=0.35, vocab=8, hidden=16, layers=1), 3, 4000
     exact, prompts = copy.deepcopy(lm).double(), [[3, 5, 1], [4, 4, 2, 6, 4]]   # the first one is left-padded
 
@@ -728,8 +762,10 @@ def test_the_sampling_law_is_the_law_that_is_trained(temperature):
     rows = list(law)[::17]
     logp = grpo.completion_logps(lm, torch.tensor([prompt + list(s) + [0] * (limit - len(s)) for s in rows]),
                                  torch.full((len(rows),), 5),
-                                 torch.tensor([[float(t < len(s)) for t in range(limit)] for s in rows]), temperature)[0]
-    torch.testing.assert_close(logp.sum(1).exp().double(), torch.tensor([law[s] for s in rows]).double(), rtol=1e-3, atol=0)
+                                 torch.tensor([[float(t < len(s)) for t in range(limit)] for s in rows]),
+                                 temperature)[0]
+    torch.testing.assert_close(logp.sum(1).exp().double(), torch.tensor([law[s] for s in rows]).double(),
+                               rtol=1e-3, atol=0)
 
 
 def test_noise_is_uniform_and_a_function_of_seed_step_and_row_alone():
@@ -753,7 +789,7 @@ def test_the_first_id_is_picked_whose_cumulated_probability_exceeds_u_and_none_o
     torch.testing.assert_close(logps.double(), chance.log(), rtol=0, atol=1e-5)
     assert torch.equal(grpo.pick(logits, 1.3, None)[0], logits.argmax(-1))
     logits[:, ::7] = logits[:, -5:] = -torch.inf
-    for edge in (0.0, 0.5, 1 - 2 ** -24):                           # the last is the largest that uniforms() gives
+    for edge in (0.0, 0.5, 1 - 2 ** -24):  # the last is the largest that uniforms() gives
         ids, logps = grpo.pick(logits, 1.0, torch.full((300,), edge))
         assert logps.isfinite().all() and logits.gather(1, ids[:, None]).isfinite().all()
 
@@ -769,7 +805,8 @@ class OnDevice(TorchDispatchMode):
         name = function.overloadpacket.__name__
         indices = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else []
         assert not any(x is not None and x.dtype == torch.bool for x in indices), name
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_unique2", "equal"), name
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_unique2",
+                            "equal"), name
         return function(*args, **(kwargs or {}))
 
 
@@ -794,8 +831,7 @@ def test_a_step_never_waits_for_the_host_has_few_shapes_and_reads_the_same_addre
 
 
 class Graph(TorchDispatchMode):
-    """What a CUDA graph is, on a CPU: the list of operations, with the addresses they read and write, that `replay`
-    repeats."""
+    """What a CUDA graph is, on a CPU: operations with the addresses that they read and write."""
     def __init__(self):
         super().__init__()
         self.operations, self.replays = [], 0
@@ -810,8 +846,8 @@ class Graph(TorchDispatchMode):
         for function, args, kwargs, result in self.operations:
             again = function(*args, **kwargs)
             for x, y in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                if isinstance(x, torch.Tensor) and x.data_ptr() != y.data_ptr():    # neither a view nor in place
-                    x.copy_(y)
+                if isinstance(x, torch.Tensor) and x.data_ptr() != y.data_ptr():
+                    x.copy_(y)                                      # it was neither a view nor in place
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
@@ -831,14 +867,16 @@ def test_captured_steps_give_the_naive_tokens_and_see_new_weights(kind, monkeypa
         monkeypatch.setattr(torch.cuda, name, value)
     plain = sampler(lm)
     for seed in range(2):
-        for prompts, u in ((PROMPTS, noise(16, 20, seed)), (PROMPTS, None), (PROMPTS[1:3], noise(8, 12, seed))):
+        for prompts, u in ((PROMPTS, noise(16, 20, seed)), (PROMPTS, None),
+                           (PROMPTS[1:3], noise(8, 12, seed))):
             size = (1, 20) if u is None else (4, u.shape[1])
             assert_sampled(fast(prompts, u, *size, 1.2), plain(prompts, u, *size, 1.2))
         with torch.no_grad():                                       # in place, as refresh() does
             for model in (fast.model, plain.model, lm):
                 list(model.parameters())[5].mul_(1.1)
     assert sum(graph.replays for graph in fast.captured.values()) > 30 and 5 < len(fast.captured) < 40
-    assert_sampled(fast(PROMPTS[:2], noise(2, 30), 1, 30, 1.2), naive(lm, PROMPTS[:2], noise(2, 30), 1, 30))    # grown
+    assert_sampled(fast(PROMPTS[:2], noise(2, 30), 1, 30, 1.2),
+                   naive(lm, PROMPTS[:2], noise(2, 30), 1, 30))  # grown
 
 
 def test_a_capture_that_fails_costs_one_warning_and_memory_that_is_short_is_not_hidden(monkeypatch, capfd):
@@ -859,14 +897,15 @@ def test_a_capture_that_fails_costs_one_warning_and_memory_that_is_short_is_not_
 
 @pytest.mark.skipif(not torch.version.cuda, reason="this build of torch knows no CUDA; it takes no GPU")
 def test_on_a_gpu_nothing_lies_on_two_devices_and_no_step_waits_for_the_host(monkeypatch):
-    """On tensors that are on the GPU by name only: PyTorch computes their shapes and devices, and looks into none."""
+    """On tensors that are on the GPU by name only: PyTorch computes their shapes and devices, no values."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     real = torch.tensor
     monkeypatch.setattr(torch, "tensor", lambda x, device=None, **options: torch.zeros(
         real(x, **options).shape, dtype=real(x, **options).dtype, device=device))
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(dtype=torch.bfloat16, config=Qwen2Config(
-            vocab_size=20_480, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=20_480, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4,
             num_key_value_heads=2))
 
     def move(module):
@@ -896,11 +935,13 @@ def test_on_a_gpu_captured_steps_give_the_tokens_of_the_same_steps_uncaptured(ki
     lm = toys.small(toys.KINDS[kind][0], **toys.KINDS[kind][1]).cuda()
     fast, plain = sampler(lm), sampler(lm, graphs=False)
     for seed in range(3):
-        assert_sampled(fast(PROMPTS, noise(16, 20, seed), 4, 20, 1.2), plain(PROMPTS, noise(16, 20, seed), 4, 20, 1.2))
+        assert_sampled(fast(PROMPTS, noise(16, 20, seed), 4, 20, 1.2),
+                       plain(PROMPTS, noise(16, 20, seed), 4, 20, 1.2))
     assert fast.graphs and fast.captured
 
 
-@pytest.mark.parametrize("kind", [(MistralConfig, {"sliding_window": 4}), (Gemma2Config, {})], ids=["window", "mixed"])
+@pytest.mark.parametrize("kind", [(MistralConfig, {"sliding_window": 4}), (Gemma2Config, {})],
+                         ids=["window", "mixed"])
 def test_a_model_with_another_cache_is_refused_in_one_line(kind, capfd):
     with pytest.raises(SystemExit) as stop:
         grpo.Sampler(toys.small(kind[0], **kind[1]), ENDS)(PROMPTS, None, 1, 5, 1.0)
@@ -913,7 +954,8 @@ def policy_of(toy, *more):
     """A policy that has moved, and the plain model that it amounts to."""
     args = grpo.parse_args(flags(toy, "x", "--lora_rank 4 --lora_alpha 12", *more))
     policy, lm, _ = grpo.load_policy(args, torch.device("cpu"), torch.float32)
-    plain, rng = grpo.load_lm(args.model, torch.device("cpu"), torch.float32), torch.Generator().manual_seed(0)
+    plain = grpo.load_lm(args.model, torch.device("cpu"), torch.float32)
+    rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in policy.parameters():
             if p.requires_grad:
@@ -967,7 +1009,8 @@ def test_the_sampler_the_merged_export_and_the_adapter_in_peft_have_the_logits_o
     assert "quantization_config" not in json.loads((tmp_path / "out/merged/config.json").read_text())
     assert AutoTokenizer.from_pretrained(tmp_path / "out/merged").chat_template == toys.TEMPLATE
     changed = {n for n, p in seen.policies[0].named_parameters() if p.requires_grad}
-    assert changed and all(".lora_" in name for name in changed) and not (tmp_path / "out/model.safetensors").exists()
+    assert changed and all(".lora_" in name for name in changed)
+    assert not (tmp_path / "out/model.safetensors").exists()
 
 
 def test_gradient_of_an_adapter_is_that_of_the_merged_model(toy, tmp_path, monkeypatch, seen):
@@ -1006,11 +1049,13 @@ def test_the_final_model_and_every_checkpoint_load_with_the_logits_of_the_policy
     run(tmp_path, out, "--steps 4 --save_every 1")
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
     for folder in (out, out / "checkpoint-4"):
-        loaded, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         with torch.no_grad():
             assert torch.equal(loaded(ids).logits, seen.policies[0](ids).logits)
             assert not torch.equal(loaded(ids).logits, model(ids).logits)
-        assert ("lm_head.weight" in weights(folder)) == (not tied) and loaded.config.tie_word_embeddings == tied
+        assert loaded.config.tie_word_embeddings == tied
+        assert ("lm_head.weight" in weights(folder)) == (not tied)
         assert loaded.generation_config.eos_token_id == [0, 90] and loaded.dtype == torch.float32
         assert tokenizer.chat_template == toys.TEMPLATE and tokenizer.eos_token_id == 0
     last = {r.completion[-1] for groups in seen.groups for group in groups for r in group if r.ended}
@@ -1026,33 +1071,43 @@ def test_every_end_token_of_model_and_tokenizer_ends_a_completion(tmp_path, seen
     model.save_pretrained(tmp_path / "model")
     run(tmp_path, tmp_path / "out", "--max_new_tokens 60 --group_size 16 --steps 1")
     rollouts = [r for groups in seen.groups for group in groups for r in group]
-    assert {r.completion[-1] for r in rollouts if r.ended} == {0, 90, 91, 92}
+    ends = {0, 90, 91, 92}
+    assert {r.completion[-1] for r in rollouts if r.ended} == ends
     for r in rollouts:
-        assert not {0, 90, 91, 92} & set(r.completion[:-1]) and r.ended == (r.completion[-1] in {0, 90, 91, 92})
+        assert not ends & set(r.completion[:-1]) and r.ended == (r.completion[-1] in ends)
 
 
 def test_short_completions_are_learned_where_length_costs(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(rewards, "score_batch", SCORE_BATCH)
-    lines = run(toy, tmp_path, "--weights length=1 --length_penalty 4 24 --max_new_tokens 24 --steps 12 --lr 2e-2",
+    lines = run(toy, tmp_path,
+                "--weights length=1 --length_penalty 4 24 --max_new_tokens 24 --steps 12 --lr 2e-2",
                 f"--prompts_per_step 8 --group_size 8 --eval_every 12 --eval_data countdown={toy}/countdown")
     assert all(-1 <= m["reward"] <= 0 and m["reward"] == pytest.approx(m["length"]) for m in lines)
     assert lines[-1]["completion_length"] < 0.5 * lines[0]["completion_length"]
     first, last = (m["eval_reward"] for m in toys.read(tmp_path / "metrics.jsonl") if "eval_reward" in m)
-    assert first < -0.7 and last > -0.4                             # greedy, by the weights after the last step
+    assert first < -0.7 and last > -0.4  # greedy, by the weights after the last step
 
 
 def test_an_adapter_learns_a_toy_reward(toy, tmp_path, monkeypatch):
     """The share of a completion that is digits: a tenth by chance."""
     pay(monkeypatch, lambda text, row: sum(c.isdigit() for c in text) / 8)
-    lines = run(toy, tmp_path, "--steps 12 --prompts_per_step 4 --group_size 12 --max_new_tokens 8 --lr 8e-2 --lora_rank 8")
-    assert np.mean([m["reward"] for m in lines[:2]]) < 0.2 and np.mean([m["reward"] for m in lines[-2:]]) > 0.5
+    lines = run(toy, tmp_path,
+                "--steps 12 --prompts_per_step 4 --group_size 12 --max_new_tokens 8 --lr 8e-2 --lora_rank 8")
+    first, *_, last = (m["reward"] for m in lines)
+    assert first < 0.2 and last > 0.45
 
 
 def test_metrics_and_samples_are_those_of_the_step(toy, tmp_path, monkeypatch, seen):
-    """Every number again, from the policy as it was before the update, in float64 and sequence by sequence."""
+    """Every number again, from the policy before the update, sequence by sequence."""
     before, real = [], grpo.update
-    monkeypatch.setattr(grpo, "update", lambda *a, **k: (before.append(copy.deepcopy(seen.policies[0])), real(*a, **k))[1])
-    lines = run(toy, tmp_path, "--steps 3 --temperature 1.2 --temperature_end 0.8 --beta 0.05 --lr 4e-3 --warmup 2",
+
+    def update(*args, **kwargs):
+        before.append(copy.deepcopy(seen.policies[0]))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(grpo, "update", update)
+    lines = run(toy, tmp_path,
+                "--steps 3 --temperature 1.2 --temperature_end 0.8 --beta 0.05 --lr 4e-3 --warmup 2",
                 "--micro_batch_size 3 --max_grad_norm 0.01 --prompts_per_step 2")
     assert [m["step"] for m in lines] == [1, 2, 3] and all(KEYS <= set(m) for m in lines)
     assert [m["temperature"] for m in lines] == pytest.approx([1.2, 1.0, 0.8])
@@ -1064,27 +1119,30 @@ def test_metrics_and_samples_are_those_of_the_step(toy, tmp_path, monkeypatch, s
         gaps = [taken(ref, r.completion) - taken(x, r.completion) for x, ref, r in zip(logps, refs, rollouts)]
         tokens = sum(len(r.completion) for r in rollouts)
         gradient = plain_gradient(lm, rollouts, temperature=temperature, beta=0.05, ref=before[0])
-        wanted = {"entropy": sum(float(-(x.exp() * x).sum()) for x in logps) / tokens, "clip_low": 0, "clip_high": 0,
-                  "kl": sum(float((d.exp() - d - 1).sum()) for d in gaps) / tokens,
-                  "grad_norm": math.sqrt(sum(float((g ** 2).sum()) for g in gradient.values())),  # before clipping
+        earned = [[odd_sum(r.text, None) for r in group] for group in groups]
+        wanted = {"entropy": sum(float(-(x.exp() * x).sum()) for x in logps) / tokens, "clip_low": 0,
+                  "kl": sum(float((d.exp() - d - 1).sum()) for d in gaps) / tokens, "clip_high": 0,
+                  "grad_norm": math.sqrt(sum(float((g ** 2).sum()) for g in gradient.values())),
                   "completion_length": tokens / 8, "truncated": np.mean([not r.ended for r in rollouts]),
-                  "reward": np.mean([odd_sum(r.text, None) for r in rollouts]), "groups_drawn": 2, "skipped": 0,
-                  "correct": np.mean([odd_sum(r.text, None) > 0.5 for r in rollouts]),
-                  "frac_reward_zero_std": np.mean([len({odd_sum(r.text, None) for r in group}) == 1 for group in groups])}
+                  "reward": np.mean(earned), "correct": np.mean(np.array(earned) > 0.5), "groups_drawn": 2,
+                  "frac_reward_zero_std": np.mean([len(set(group)) == 1 for group in earned]), "skipped": 0}
         assert {k: m[k] for k in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-5)
         assert 0 <= m["logp_gap"] < 1e-4 and 0.05 < m["peak_memory_gb"] < 60
         assert m["step_seconds"] == pytest.approx(m["sample_seconds"] + m["update_seconds"], rel=0.1)
         assert m["sample_tokens_per_s"] * m["sample_seconds"] == pytest.approx(tokens, rel=1e-3)
         assert m["update_tokens_per_s"] * m["update_seconds"] == pytest.approx(tokens, rel=1e-3)
-    assert lines[1]["kl"] > 1e-6 and lines[0]["grad_norm"] > 0.1
+    assert lines[1]["kl"] > 1e-6 and lines[0]["grad_norm"] > 0.1     # before it was clipped
     samples, first = toys.read(tmp_path / "samples.jsonl"), sum(seen.groups[0], [])
-    assert [(x["completion"], x["ended"], x["reward"]) for x in samples] == [(r.text, r.ended, odd_sum(r.text, 0)) for r in first]
-    assert [x["advantage"] for x in samples] == pytest.approx(
-        grpo.advantages(torch.tensor([odd_sum(r.text, 0) for r in first]), 4).tolist())
-    assert all("Numbers: [" in x["prompt"] and x["step"] == 1 and {"task", "format"} <= set(x) for x in samples)
+    for x, r in zip(samples, first, strict=True):
+        assert (x["completion"], x["ended"], x["reward"]) == (r.text, r.ended, odd_sum(r.text, None))
+    adv = grpo.advantages(torch.tensor([x["reward"] for x in samples]), 4)
+    assert [x["advantage"] for x in samples] == pytest.approx(adv.tolist())
+    assert all("Numbers: [" in x["prompt"] and x["step"] == 1 and {"task", "format"} <= set(x)
+               for x in samples)
 
 
-def test_dead_groups_are_replaced_by_fresh_prompts_up_to_the_limit_and_both_shares_are_reported(toy, tmp_path, monkeypatch, seen):
+def test_dead_groups_are_replaced_by_fresh_prompts_up_to_the_limit_and_both_shares_are_reported(
+        toy, tmp_path, monkeypatch, seen):
     """Half of the prompts always earn the same."""
     lively = {row["target"] for row in toys.COUNTDOWN[::2]}
     pay(monkeypatch, lambda text, row: odd_sum(text, row) if row["target"] in lively else 0.25)
@@ -1093,13 +1151,14 @@ def test_dead_groups_are_replaced_by_fresh_prompts_up_to_the_limit_and_both_shar
     assert m["frac_reward_zero_std"] == np.mean(dull[0]) and m["frac_reward_zero_std_after"] == 0
     assert m["groups_drawn"] == len(sum(dull, [])) and sum(not x for x in sum(dull, [])) == 2
     lines = run(toy, tmp_path / "off", "--steps 2 --prompts_per_step 3")
-    assert all(m["frac_reward_zero_std"] == m["frac_reward_zero_std_after"] and m["groups_drawn"] == 3 for m in lines)
+    assert all(m["frac_reward_zero_std"] == m["frac_reward_zero_std_after"] and m["groups_drawn"] == 3
+               for m in lines)
     pay(monkeypatch, lambda text, row: 0.25)
     seen.groups.clear()
     m, = run(toy, tmp_path / "limit", "--max_resample 2 --steps 1 --prompts_per_step 2")
     indices = [group[0].index for groups in seen.groups for group in groups]
     assert m["groups_drawn"] == 6 == len(set(indices)) and m["frac_reward_zero_std_after"] == 1
-    assert len({tuple(r.completion) for groups in seen.groups for r in groups[0]}) > 9    # each with fresh noise
+    assert len({tuple(r.completion) for groups in seen.groups for r in groups[0]}) > 9  # fresh noise
 
 
 def test_prompts_are_drawn_in_epochs_shuffled_by_the_seed():
@@ -1112,13 +1171,14 @@ def test_prompts_are_drawn_in_epochs_shuffled_by_the_seed():
 
 
 def test_mixed_tasks_are_graded_each_by_its_own_rules_with_metrics_by_task(toy, tmp_path, monkeypatch):
-    """A sampler that always writes the right countdown answer, and on gsm8k the right one in half of each group."""
+    """A sampler that is right in countdown always, and in gsm8k every other time."""
     tokenizer = toys.tokenizer()
+    answers = {"[3, 5, 8]": "5+3+8", "[1, 2, 3, 4]": "1*2*3*4", "[7, 7, 2]": "7+7+2"}
 
     def write(self, prompts, noise, group_size, *_):
         ids = []
         for prompt, g in itertools.product(prompts, range(group_size)):
-            text, answers = tokenizer.decode(prompt), {"[3, 5, 8]": "5+3+8", "[1, 2, 3, 4]": "1*2*3*4", "[7, 7, 2]": "7+7+2"}
+            text = tokenizer.decode(prompt)
             right = [x for key, x in answers.items() if key in text] or ["4" if "2+2" in text else "12"]
             answer = right[0] if "Target" in text or g % 2 else "1"
             ids.append(tokenizer(f"<reasoning>x</reasoning><answer>{answer}</answer>{toys.END}").input_ids)
@@ -1126,11 +1186,11 @@ def test_mixed_tasks_are_graded_each_by_its_own_rules_with_metrics_by_task(toy, 
 
     monkeypatch.setattr(grpo.Sampler, "__call__", write)
     monkeypatch.setattr(rewards, "score_batch", SCORE_BATCH)
-    m, = run(toy, tmp_path, f"--data countdown={toy}/countdown:3 gsm8k={toy}/gsm8k:2 --steps 1 --prompts_per_step 5",
+    m, = run(toy, tmp_path,
+             f"--data countdown={toy}/countdown:3 gsm8k={toy}/gsm8k:2 --steps 1 --prompts_per_step 5",
              "--weights correct=1 format=0.5 --max_new_tokens 100")
-    found = {key: m[key] for key in ("correct/countdown", "correct/gsm8k", "format/gsm8k", "reward/countdown", "reward/gsm8k")}
-    assert found == {"correct/countdown": 1, "correct/gsm8k": 0.5, "format/gsm8k": 1, "reward/countdown": 1.5,
-                     "reward/gsm8k": 1.0}
+    assert {"correct/countdown": 1, "correct/gsm8k": 0.5, "format/gsm8k": 1, "reward/countdown": 1.5,
+            "reward/gsm8k": 1.0}.items() <= m.items()
     assert m["correct"] == pytest.approx(0.8) and m["reward"] == pytest.approx(1.3)
     assert m["frac_reward_zero_std"] == pytest.approx(3 / 5) and m["truncated"] == 0
 
@@ -1140,7 +1200,8 @@ def test_a_reward_part_of_your_own_counts_and_shows_in_metrics_and_samples(toy, 
 
     def score(task, text, row, style, weights, *args, **kwargs):
         known = {part: weight for part, weight in weights.items() if part != "vowels"}
-        parts, vowels = real(task, text, row, style, known, *args, **kwargs), sum(c in "aeiou" for c in text) / 12
+        parts = real(task, text, row, style, known, *args, **kwargs)
+        vowels = sum(c in "aeiou" for c in text) / 12
         return parts | {"vowels": vowels, "reward": parts["reward"] + weights["vowels"] * vowels}
 
     monkeypatch.setattr(rewards, "score_batch", SCORE_BATCH)
@@ -1148,7 +1209,8 @@ def test_a_reward_part_of_your_own_counts_and_shows_in_metrics_and_samples(toy, 
     monkeypatch.setitem(rewards.WEIGHTS, "vowels", 0.5)
     lines = run(toy, tmp_path, "--steps 1")
     samples = toys.read(tmp_path / "samples.jsonl")
-    assert lines[0]["vowels"] > 0 and lines[0]["reward"] >= 0.5 * lines[0]["vowels"] and "vowels" in samples[0]
+    assert "vowels" in samples[0] and lines[0]["vowels"] > 0
+    assert lines[0]["reward"] >= 0.5 * lines[0]["vowels"]
 
 
 def test_evaluation_is_greedy_and_leaves_the_training_as_it_is(toy, tmp_path, seen):
@@ -1160,16 +1222,19 @@ def test_evaluation_is_greedy_and_leaves_the_training_as_it_is(toy, tmp_path, se
     evaluations = [m for m in metrics(tmp_path / "b") if "eval_reward" in m]
     assert [m["step"] for m in evaluations] == [0, 1, 2]
     assert {"eval_correct", "eval_format", "eval_completion_length", "eval_truncated"} <= set(evaluations[0])
-    for lm, groups, m in ((toys.model(), seen.groups[0], evaluations[0]), (seen.policies[1], seen.groups[-1], evaluations[2])):
+    for lm, groups, m in ((toys.model(), seen.groups[0], evaluations[0]),
+                          (seen.policies[1], seen.groups[-1], evaluations[2])):
         assert [len(group) for group in groups] == [1] * 4
         for group, row in zip(groups, toys.GSM8K, strict=True):
             with torch.no_grad():
                 logps = full_logps(lm, group[0].prompt, group[0].completion)
-            assert logps.argmax(-1).tolist() == group[0].completion and row["question"] in toys.tokenizer().decode(group[0].prompt)
+            assert logps.argmax(-1).tolist() == group[0].completion
+            assert row["question"] in toys.tokenizer().decode(group[0].prompt)
         assert m["eval_reward"] == pytest.approx(np.mean([odd_sum(group[0].text, 0) for group in groups]))
 
 
-def test_countdown_data_that_is_not_there_yet_is_made_and_what_is_there_is_taken(toy, tmp_path, monkeypatch, seen):
+def test_countdown_data_that_is_not_there_yet_is_made_and_what_is_there_is_taken(
+        toy, tmp_path, monkeypatch, seen):
     monkeypatch.chdir(tmp_path)
     calls = []
 
@@ -1181,14 +1246,15 @@ def test_countdown_data_that_is_not_there_yet_is_made_and_what_is_there_is_taken
     monkeypatch.setattr(grpo.subprocess, "call", call)
     for out in ("a", "b"):
         run(toy, tmp_path / out, "--data countdown:6 --steps 1 --prompts_per_step 6")
-    (_, script, *rest), = calls
-    assert Path(script) == Path(grpo.__file__).with_name("countdown.py") and rest == ["--out", "data/countdown"]
+    (_, script, *_), = calls
+    assert Path(script) == Path(grpo.__file__).with_name("countdown.py")
     assert sorted(group[0].index for group in seen.groups[1]) == [0, 1, 2, 3, 4, 5]
 
 
 def test_pass_rate_selects_rows(toy, tmp_path, seen):
     rates = [0.0, 0.1, 0.100001, 0.5, 0.9, 0.95, 1.0, 0.05]
-    data = toys.write(tmp_path / "rows.jsonl", [row | {"pass_rate": p} for row, p in zip(toys.COUNTDOWN, rates)])
+    rows = [row | {"pass_rate": p} for row, p in zip(toys.COUNTDOWN, rates)]
+    data = toys.write(tmp_path / "rows.jsonl", rows)
     run(toy, tmp_path / "out", f"--data countdown={data} --pass_rate 0.1 0.9 --steps 1")
     wanted = [str(row["nums"]) for row in toys.COUNTDOWN[1:5]]
     texts = [toys.tokenizer().decode(group[0].prompt) for group in seen.groups[0]]
@@ -1196,7 +1262,8 @@ def test_pass_rate_selects_rows(toy, tmp_path, seen):
 
 
 def test_a_flag_file_reads_like_a_command_line_with_comments(toy, tmp_path):
-    (tmp_path / "flags.txt").write_text("# a comment\n\n--lr 3e-4  # the rest\n--output_dir 'a folder'\n--style think\n")
+    (tmp_path / "flags.txt").write_text(
+        "# a comment\n\n--lr 3e-4  # the rest\n--output_dir 'a folder'\n--style think\n")
     args = grpo.parse_args(["--model", "x", f"@{tmp_path}/flags.txt", "--lr", "1e-3"])
     assert (args.lr, args.output_dir, args.style, args.steps) == (1e-3, "a folder", "think", 500)
 
@@ -1217,11 +1284,11 @@ def test_numbers_go_to_tensorboard_or_wandb_when_asked_for(toy, tmp_path, monkey
     assert not list((tmp_path / "neither").glob("events*"))
 
 
-# ------------------------------------------------------------------------------------------- resuming, kills, damage
+# ------------------------------------------------------------------------------- resuming, kills, damage
 def long_flags(toy, out, *more):
-    return flags(toy, out, "--steps 6 --prompts_per_step 3 --max_new_tokens 10 --temperature_end 0.8 --warmup 2 --beta 0.02",
-                 "--save_every 1 --eval_every 3 --max_resample 2 --micro_batch_size 4 --lr_schedule cosine",
-                 f"--eval_data countdown={toy}/countdown:3", *more)
+    return flags(toy, out, "--steps 6 --prompts_per_step 3 --max_new_tokens 10 --temperature_end 0.8",
+                 "--warmup 2 --beta 0.02 --save_every 1 --eval_every 3 --max_resample 2 --micro_batch_size 4",
+                 f"--lr_schedule cosine --eval_data countdown={toy}/countdown:3", *more)
 
 
 @pytest.fixture(scope="module")
@@ -1261,7 +1328,8 @@ def signal_at(name, call, number, ranks=(0,), times=1):
 
 
 @pytest.mark.parametrize("more", ["", "--dtype bfloat16", "--lora_rank 4", "--lora_rank 4 --load_in_4bit",
-                                  "--optim adamw8bit", "--optim muon", "--inner_epochs 2 --seed 1", "dropout"])
+                                  "--optim adamw8bit", "--optim muon", "--inner_epochs 2 --seed 1",
+                                  "dropout"])
 def test_a_resumed_run_ends_with_the_same_bits_as_one_that_was_not_interrupted(toy, tmp_path, more):
     if more == "dropout":
         toys.save(tmp_path / "toy", attention_dropout=0.2)
@@ -1295,7 +1363,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(toy, whole, tmp_
     assert_same_run(tmp_path / "x", whole)
 
 
-@pytest.mark.parametrize("moment", ["half the model", "half the trainer", "not renamed", "old one half gone", "half a line"])
+@pytest.mark.parametrize("moment", ["half the model", "half the trainer", "not renamed", "old one half gone",
+                                    "half a line"])
 def test_a_run_killed_within_a_save_ends_with_the_same_bits(toy, whole, tmp_path, moment):
     def die(path=None):
         if path:
@@ -1314,7 +1383,8 @@ def test_a_run_killed_within_a_save_ends_with_the_same_bits(toy, whole, tmp_path
                 die(Path(path))
 
         def half_gone(path, *args, **kwargs):
-            if str(path).endswith("checkpoint-2") and saved(tmp_path)[-1] == 4 and moment == "old one half gone":
+            at_4 = Path(path).name == "checkpoint-2" and saved(tmp_path)[-1] == 4
+            if moment == "old one half gone" and at_4:
                 (Path(path) / "trainer.pt").unlink()
                 die()
             rmtree(path, *args, **kwargs)
@@ -1338,7 +1408,8 @@ def test_a_run_killed_within_a_save_ends_with_the_same_bits(toy, whole, tmp_path
 
 @pytest.mark.parametrize("harm", [
     lambda folder: os.truncate(folder / "trainer.pt", 5000), lambda folder: (folder / "trainer.pt").unlink(),
-    lambda folder: (folder / "trainer.pt").write_bytes(b"x"), lambda folder: torch.save([1], folder / "trainer.pt"),
+    lambda folder: (folder / "trainer.pt").write_bytes(b"x"),
+    lambda folder: torch.save([1], folder / "trainer.pt"),
     lambda folder: torch.save(Bomb(folder / "ran"), folder / "trainer.pt")],
     ids=["cut", "missing", "no archive", "of another program", "code"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(toy, whole, tmp_path, capfd, harm):
@@ -1346,7 +1417,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(toy, whole,
     harm(tmp_path / "x/checkpoint-6")
     main([*long_flags(toy, tmp_path / "x"), "--resume"])
     err = capfd.readouterr().err
-    assert "checkpoint-6" in err.splitlines()[0] and err.count("is damaged") == 1 and "step 6/6" in err and "step 5/6" not in err
+    assert "checkpoint-6" in err.splitlines()[0] and err.count("is damaged") == 1
+    assert "step 6/6" in err and "step 5/6" not in err
     assert_same_run(tmp_path / "x", whole)
     assert not list(tmp_path.glob("x/*/ran"))
     for step in (5, 6):
@@ -1357,11 +1429,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(toy, whole,
     assert stop.value.code == 2 and "no checkpoint in" in last
 
 
-def test_a_folder_of_another_run_is_refused_and_nothing_in_it_is_lost(toy, whole, tmp_path, monkeypatch, capfd):
+def test_a_folder_of_another_run_is_refused_and_nothing_in_it_is_lost(
+        toy, whole, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(grpo, "load_lm", lambda *args: pytest.fail("a model was loaded"))
     before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
     assert "--resume" in refusal(long_flags(toy, whole), capfd)
-    line = refusal([*long_flags(toy, whole, "--lr 0.5 --group_size 6 --weights correct=2"), "--resume"], capfd)
+    line = refusal([*long_flags(toy, whole, "--lr 0.5 --group_size 6 --weights correct=2"), "--resume"],
+                   capfd)
     assert "--lr" in line and "--group_size" in line and "--weights" in line and "--beta" not in line
     assert {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()} == before
     shutil.copytree(whole, tmp_path / "x")
@@ -1373,12 +1447,13 @@ def test_flags_that_change_nothing_learned_may_change_and_one_missing_in_args_js
     shutil.rmtree(tmp_path / "moved/checkpoint-6")
     args = json.loads((whole / "args.json").read_text())
     assert args["scale"] == "group" and args["group_size"] == 4
-    del args["scale"], args["clip_high"]                            # as of a run before these flags were there
+    del args["scale"], args["clip_high"]  # as of a run before these flags were there
     (tmp_path / "moved/args.json").write_text(json.dumps(args))
     trainer = tmp_path / "moved/checkpoint-5/trainer.pt"
     state = torch.load(trainer)
     torch.save(state | {"args": args} if "args" in state else state, trainer)
-    argv = [*long_flags(toy, tmp_path / "moved", "--micro_batch_size 16 --sample_batch_size 4 --save_every 0 --resume",
+    argv = [*long_flags(toy, tmp_path / "moved",
+                        "--micro_batch_size 16 --sample_batch_size 4 --save_every 0 --resume",
                         "--activation_checkpointing --offload_reference")]
     line = refusal([*argv, "--scale", "none"], capfd)
     assert "--scale" in line and "--clip_high" not in line
@@ -1395,8 +1470,8 @@ def test_logs_that_are_cut_or_damaged_do_not_stop_a_resume(toy, whole, tmp_path)
         harm(tmp_path / name / "args.json")                         # the flags stand in the checkpoint too
         main([*long_flags(toy, tmp_path / name), "--resume"])
         assert far(tmp_path / name, whole) == 0
-        last = (tmp_path / name / "metrics.jsonl").read_bytes().splitlines()[-2:]    # no line is glued to a torn one
-        assert [json.loads(line)["step"] for line in last] == [6, 6]
+        last = (tmp_path / name / "metrics.jsonl").read_bytes().splitlines()[-2:]
+        assert [json.loads(line)["step"] for line in last] == [6, 6]    # none is glued to a torn one
 
 
 def wait_for(path):
@@ -1404,7 +1479,8 @@ def wait_for(path):
         time.sleep(0.02)
 
 
-def test_of_two_runs_in_one_folder_the_second_is_refused_and_the_first_loses_nothing(toy, whole, tmp_path, capfd):
+def test_of_two_runs_in_one_folder_the_second_is_refused_and_the_first_loses_nothing(
+        toy, whole, tmp_path, capfd):
     both = [fork(long_flags(toy, tmp_path / "new")) for _ in range(2)]
     assert sorted(exit_code(pid) for pid in both) == [0, 2]
     assert_same_run(tmp_path / "new", whole)
@@ -1414,7 +1490,12 @@ def test_of_two_runs_in_one_folder_the_second_is_refused_and_the_first_loses_not
 
     def slow():
         real = grpo.sample
-        grpo.sample = lambda *args, **kwargs: (Path(tmp_path / "holds").touch(), time.sleep(1), real(*args, **kwargs))[2]
+
+        def sample(*args, **kwargs):
+            (tmp_path / "holds").touch()
+            time.sleep(1)
+            return real(*args, **kwargs)
+        grpo.sample = sample
 
     first = fork(argv, before=slow)
     wait_for(tmp_path / "holds")
@@ -1424,12 +1505,14 @@ def test_of_two_runs_in_one_folder_the_second_is_refused_and_the_first_loses_not
 
 
 @pytest.mark.parametrize("number, name, call", [
-    (signal.SIGTERM, "pick", 1), (signal.SIGINT, "pick", 50), (signal.SIGTERM, "policy_loss", 8), (signal.SIGINT, "means", 4),
-    (signal.SIGTERM, "save_checkpoint", 2)], ids=["first evaluation", "sampling", "update", "evaluation", "save"])
+    (signal.SIGTERM, "pick", 1), (signal.SIGINT, "pick", 50), (signal.SIGTERM, "policy_loss", 8),
+    (signal.SIGINT, "means", 4), (signal.SIGTERM, "save_checkpoint", 2)],
+    ids=["first evaluation", "sampling", "update", "evaluation", "save"])
 def test_a_stopped_run_saves_and_says_how_to_go_on_and_ends_with_the_same_bits(
         toy, whole, tmp_path, capfd, number, name, call):
     """An evaluation that a signal cut short is made again."""
-    pid = fork(long_flags(toy, tmp_path, "--save_every", 1 if name == "save_checkpoint" else 0), before=signal_at(name, call, number))
+    pid = fork(long_flags(toy, tmp_path, "--save_every", 1 if name == "save_checkpoint" else 0),
+               before=signal_at(name, call, number))
     assert exit_code(pid) == 128 + number
     last = capfd.readouterr().err.splitlines()[-1]
     done = max(saved(tmp_path), default=0)
@@ -1453,9 +1536,12 @@ def test_a_second_ctrl_c_leaves_at_once(toy, tmp_path, capfd):
     assert exit_code(pid) == -signal.SIGINT and not saved(tmp_path / "x")
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
-def test_a_signal_before_the_first_step_ends_the_process_and_leaves_nothing_half_written(toy, tmp_path, number, code):
-    assert exit_code(fork(flags(toy, tmp_path), before=signal_at("load_lm", 1, number))) == code
+@pytest.mark.parametrize("number, name, code", [
+    (signal.SIGTERM, "parse_args", -signal.SIGTERM), (signal.SIGTERM, "load_lm", 143),
+    (signal.SIGINT, "load_lm", 130)])
+def test_a_signal_before_the_first_step_ends_the_process_and_leaves_nothing_half_written(
+        toy, tmp_path, number, name, code):
+    assert exit_code(fork(flags(toy, tmp_path), before=signal_at(name, 1, number))) == code
     assert not list(tmp_path.glob("*config.json")) and not saved(tmp_path)
     assert len(run(toy, tmp_path)) == 2                             # the same command simply starts
 
@@ -1470,7 +1556,9 @@ def test_gradients_and_losses_that_are_not_finite_are_skipped_counted_and_never_
         loss, parts = real(*args, **kwargs)
         if len(steps) not in (2, 3):
             return loss, parts
-        return (loss * math.nan, parts) if how == "gradient" else (loss, parts | {"loss": parts["loss"] * math.nan})
+        if how == "gradient":
+            return loss * math.nan, parts
+        return loss, parts | {"loss": parts["loss"] * math.nan}
 
     save = grpo.save_checkpoint
     monkeypatch.setattr(grpo, "save_checkpoint", lambda out, state, model: (
@@ -1478,14 +1566,16 @@ def test_gradients_and_losses_that_are_not_finite_are_skipped_counted_and_never_
     monkeypatch.setattr(grpo, "policy_loss", policy_loss)
     lines = run(toy, tmp_path, "--steps 4 --save_every 1 --micro_batch_size 16")
     assert [far(a, b) > 0 for a, b in zip(checkpoints, checkpoints[1:])] == [False, False, True]
-    assert all(x.isfinite().all() for x in checkpoints[-1].values()) and [m["skipped"] for m in lines] == [0, 1, 1, 0]
-    assert [m["grad_norm" if how == "gradient" else "loss"] is None for m in lines] == [False, True, True, False]
+    assert all(x.isfinite().all() for x in checkpoints[-1].values())
+    none = [m["grad_norm" if how == "gradient" else "loss"] is None for m in lines]
+    assert none == [False, True, True, False] == [bool(m["skipped"]) for m in lines]
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     assert {row["step"] for row in toys.read(tmp_path / "samples.jsonl")} == {1, 2, 3}
     assert capfd.readouterr().err.count("not finite") == 2
 
 
-def test_a_full_disk_stops_with_one_line_and_the_run_goes_on_when_there_is_room(toy, whole, tmp_path, monkeypatch, capfd):
+def test_a_full_disk_stops_with_one_line_and_the_run_goes_on_when_there_is_room(
+        toy, whole, tmp_path, monkeypatch, capfd):
     real = torch.save
 
     def full(state, path):
@@ -1504,7 +1594,8 @@ def test_a_full_disk_stops_with_one_line_and_the_run_goes_on_when_there_is_room(
     assert_same_run(tmp_path, whole)
 
 
-def test_too_little_gpu_memory_gets_one_line_that_names_the_flags_that_help(toy, tmp_path, monkeypatch, capfd):
+def test_too_little_gpu_memory_gets_one_line_that_names_the_flags_that_help(
+        toy, tmp_path, monkeypatch, capfd):
     def none(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(grpo, "policy_loss", none)
@@ -1512,8 +1603,9 @@ def test_too_little_gpu_memory_gets_one_line_that_names_the_flags_that_help(toy,
     assert "--micro_batch_size" in line and "--activation_checkpointing" in line and "--resume" in line
 
 
-# ------------------------------------------------------------------------------------------- several processes
-@pytest.mark.parametrize("world, more", [(2, ""), (4, ""), (2, "--fsdp"), (2, "--lora_rank 4 --load_in_4bit")])
+# -------------------------------------------------------------------------------------- several processes
+@pytest.mark.parametrize("world, more", [(2, ""), (4, ""), (2, "--fsdp"),
+                                         (2, "--lora_rank 4 --load_in_4bit")])
 def test_several_processes_do_what_one_does(toy, tmp_path, world, more):
     argv = lambda out, *more: long_flags(toy, tmp_path / out, "--steps 3 --prompts_per_step 4", *more)
     main(argv("one", more.replace("--fsdp", "")))
@@ -1522,10 +1614,12 @@ def test_several_processes_do_what_one_does(toy, tmp_path, world, more):
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many"), strict=True):
         assert a == {key: pytest.approx(value, rel=1e-3, abs=1e-5) for key, value in b.items()}
     assert toys.read(tmp_path / "one/samples.jsonl") == [
-        {**row, "advantage": pytest.approx(row["advantage"])} for row in toys.read(tmp_path / "many/samples.jsonl")]
+        {**row, "advantage": pytest.approx(row["advantage"])}
+        for row in toys.read(tmp_path / "many/samples.jsonl")]
 
 
-@pytest.mark.parametrize("worlds, more, then, name", [((2, 1), "", "", "pick"), ((1, 2), "", "--fsdp", "advantages"),
+@pytest.mark.parametrize("worlds, more, then, name", [((2, 1), "", "", "pick"),
+                                                      ((1, 2), "", "--fsdp", "advantages"),
                                                       ((2, 1), "--fsdp", "", "advantages")])
 def test_all_processes_stop_whichever_gets_the_signal_and_another_number_of_them_goes_on(
         toy, whole, tmp_path, capfd, worlds, more, then, name):
@@ -1536,7 +1630,8 @@ def test_all_processes_stop_whichever_gets_the_signal_and_another_number_of_them
     err, (done,) = capfd.readouterr().err, saved(tmp_path)
     assert f"after step {done} of 6" in err and "Traceback" not in err
     assert together(worlds[1], [*argv, *then.split(), "--resume"]) == [0] * worlds[1]
-    assert far(tmp_path, whole) < 1e-5 and [m["step"] for m in metrics(tmp_path)] == [m["step"] for m in metrics(whole)]
+    assert far(tmp_path, whole) < 1e-5
+    assert [m["step"] for m in metrics(tmp_path)] == [m["step"] for m in metrics(whole)]
 
 
 def test_torchrun_restarts_a_run_that_lost_a_process_where_it_was(toy, whole, tmp_path):
@@ -1546,18 +1641,21 @@ def test_torchrun_restarts_a_run_that_lost_a_process_where_it_was(toy, whole, tm
         real = grpo.policy_loss
 
         def fall(*args, **kwargs):
-            if grpo.RANK == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and (tmp_path / "checkpoint-2").exists():
+            first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+            if grpo.RANK == 1 and first and (tmp_path / "checkpoint-2").exists():
                 os._exit(1)
             return real(*args, **kwargs)
         grpo.policy_loss = fall
         grpo.main([*long_flags(toy, tmp_path), "--resume"])
 
     def launch(_):
-        config = LaunchConfig(1, 1, 2, run_id="one", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=1,
+        config = LaunchConfig(1, 1, 2, run_id="one", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+                              max_restarts=1,
                               start_method="fork", monitor_interval=0.05)
         elastic_launch(config, work)()
     assert exit_code(toys.fork(launch, [])) == 0
-    assert far(tmp_path, whole) < 1e-5 and [m["step"] for m in metrics(tmp_path)] == [m["step"] for m in metrics(whole)]
+    assert far(tmp_path, whole) < 1e-5
+    assert [m["step"] for m in metrics(tmp_path)] == [m["step"] for m in metrics(whole)]
 
 
 # ------------------------------------------------------------------------------------------- bad input
@@ -1608,19 +1706,24 @@ WRONG = """\
 def bad(toy, tmp_path_factory):
     """A folder full of things that are wrong."""
     folder, row = tmp_path_factory.mktemp("bad"), json.dumps(toys.COUNTDOWN[0]) + "\n"
-    for name, text in {"file": "", "broken.jsonl": row + '{"nums": [1,\n', "columns.jsonl": row + '{"target": 3}\n',
-                       "nothing.jsonl": "", "word.jsonl": '{"nums": "3 4", "target": 7}\n', "quote.txt": "--model 'a\n"}.items():
+    for name, text in {"file": "", "nothing.jsonl": "", "broken.jsonl": row + '{"nums": [1,\n',
+                       "columns.jsonl": row + '{"target": 3}\n',
+                       "word.jsonl": '{"nums": "3 4", "target": 7}\n',
+                       "quote.txt": "--model 'a\n"}.items():
         (folder / name).write_text(text)
     (folder / "empty").mkdir()
-    for name, template in (("untemplated", None), ("strict", "{{ raise_exception('no system turn, please') }}")):
+    for name, template in (("untemplated", None),
+                           ("strict", "{{ raise_exception('no system turn, please') }}")):
         toys.model().save_pretrained(folder / name)
         toys.tokenizer(template).save_pretrained(folder / name)
     return folder
 
 
-@pytest.mark.parametrize("more, says", [row.split("> ") for row in WRONG.splitlines()], ids=lambda x: x.strip())
-def test_wrong_flags_and_bad_rows_get_one_line_before_a_model_loads(toy, bad, tmp_path, monkeypatch, capfd, more, says):
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+@pytest.mark.parametrize("more, says", [row.split("> ") for row in WRONG.splitlines()],
+                         ids=lambda x: x.strip())
+def test_wrong_flags_and_bad_rows_get_one_line_before_a_model_loads(
+        toy, bad, tmp_path, monkeypatch, capfd, more, says):
+    monkeypatch.setattr(grpo, "load_lm", lambda *args: pytest.fail("a model was loaded"))
     monkeypatch.chdir(tmp_path)
     line = refusal(flags(toy, tmp_path / "x", more.replace("BAD", str(bad))), capfd)
     assert all(word.strip().replace("BAD", str(bad)) in line for word in says.split("|")), line
@@ -1630,7 +1733,8 @@ def test_model_files_that_are_damaged_incomplete_or_missing_get_one_line(toy, tm
     from safetensors.torch import save_file
     kept = weights(toy / "model")
     kept.pop("model.layers.1.mlp.up_proj.weight")
-    for name, change, says in (("cut", lambda path: os.truncate(path, 3000), "cut"), ("missing", Path.unlink, "missing"),
+    for name, change, says in (("cut", lambda path: os.truncate(path, 3000), "cut"),
+                               ("missing", Path.unlink, "missing"),
                                ("lacks", lambda path: save_file(kept, path, {"format": "pt"}), "up_proj")):
         shutil.copytree(toy / "model", tmp_path / name)
         change(tmp_path / name / "model.safetensors")
@@ -1641,8 +1745,10 @@ def test_model_files_that_are_damaged_incomplete_or_missing_get_one_line(toy, tm
         assert stop.value.code == 2 and last.startswith("grpo.py: --model") and says in last
 
 
-@pytest.mark.parametrize("module, more", [("wandb", "--log_to wandb"), ("peft", "--lora_rank 4"), ("bitsandbytes", "--optim adamw8bit")])
-def test_a_package_that_is_asked_for_and_not_there_gets_one_line(toy, tmp_path, monkeypatch, capfd, module, more):
+@pytest.mark.parametrize("module, more", [("wandb", "--log_to wandb"), ("peft", "--lora_rank 4"),
+                                          ("bitsandbytes", "--optim adamw8bit")])
+def test_a_package_that_is_asked_for_and_not_there_gets_one_line(
+        toy, tmp_path, monkeypatch, capfd, module, more):
     monkeypatch.setitem(sys.modules, module, None)
     assert f"pip install {module}" in refusal(flags(toy, tmp_path, more), capfd)
 
@@ -1652,4 +1758,5 @@ if __name__ == "__main__":                                          # python tes
         trainer_of_trl = trl_trainer(directory)
         numbers = {name_of(*c): theirs(trainer_of_trl, *c) for c in COMBINATIONS}
     rounded = json.loads(json.dumps(numbers), parse_float=lambda x: round(float(x), 9))
-    GOLDEN.write_text("{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(x)}" for key, x in rounded.items()) + "\n}\n")
+    rows_of_json = (f"{json.dumps(key)}: {json.dumps(x)}" for key, x in rounded.items())
+    GOLDEN.write_text("{\n" + ",\n".join(rows_of_json) + "\n}\n")

@@ -1,5 +1,5 @@
-"""A toy checkpoint and toy rows: what tests share. The tokenizer is one token a character, and its pad token is its end
-token, as in Qwen's base models; the model has more ids than the tokenizer, as most have."""
+"""A toy checkpoint and toy rows: what tests share. The tokenizer is one token a character, and its pad
+token is its end token, as in Qwen's base models; the model has more ids than the tokenizer, as most have."""
 import json
 import os
 import signal
@@ -10,20 +10,23 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
-                          Qwen3Config)
+from transformers import (AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerFast, Qwen2Config, Qwen3Config)
 
 END, USER, ASSISTANT, UNKNOWN = "<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"
 TAGS = ["<reasoning>", "</reasoning>", "<think>", "</think>", "<answer>", "</answer>"]
-TEMPLATE = ("{% for m in messages if m['role'] != 'system' %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+TEMPLATE = ("{% for m in messages if m['role'] != 'system' %}"
+            "<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 VOCAB = 128
 
-COUNTDOWN = [{"nums": [3, 5, 8], "target": 16}, {"nums": [1, 2, 3, 4], "target": 24}, {"nums": [7, 7, 2], "target": 16},
-             {"nums": [9, 4], "target": 5}, {"nums": [6, 2], "target": 12}, {"nums": [10, 5, 3], "target": 18},
-             {"nums": [8, 3, 2], "target": 13}, {"nums": [4, 4, 4], "target": 12}]
+COUNTDOWN = [{"nums": [3, 5, 8], "target": 16}, {"nums": [1, 2, 3, 4], "target": 24},
+             {"nums": [7, 7, 2], "target": 16}, {"nums": [9, 4], "target": 5}, {"nums": [6, 2], "target": 12},
+             {"nums": [10, 5, 3], "target": 18}, {"nums": [8, 3, 2], "target": 13},
+             {"nums": [4, 4, 4], "target": 12}]
 GSM8K = [{"question": "Tom has 3 bags of 4 apples. How many?", "answer": "He has 3*4=<<3*4=12>>12.\n#### 12"},
-         {"question": "2+2?", "answer": "#### 4"}, {"question": "A box holds 6. Five boxes?", "answer": "5*6=30\n#### 30"},
+         {"question": "2+2?", "answer": "#### 4"},
+         {"question": "A box holds 6. Five boxes?", "answer": "5*6=30\n#### 30"},
          {"question": "Half of 18?", "answer": "#### 9"}]
 
 
@@ -42,22 +45,25 @@ def model(seed=0, std=0.1, vocab=VOCAB, hidden=64, layers=2, tied=True, **config
     """Logits of a random toy lie around +-`std` times ten: its choices are neither uniform nor certain."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**{
-        "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": std,
-        "tie_word_embeddings": tied, "eos_token_id": 0, "bos_token_id": None, "pad_token_id": None} | config)).eval()
+        "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_attention_heads": 4,
+        "num_hidden_layers": layers, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "initializer_range": std, "tie_word_embeddings": tied, "eos_token_id": 0, "bos_token_id": None,
+        "pad_token_id": None} | config)).eval()
 
 
 # Models with plain attention, of many kinds: name -> its config's class, what it is besides small
 KINDS = {"llama": (LlamaConfig, {}), "qwen2": (Qwen2Config, {}), "qwen3": (Qwen3Config, {}),
-         "untied": (Qwen2Config, {"tie_word_embeddings": False}), "one head each": (LlamaConfig, {"num_key_value_heads": 4}),
+         "untied": (Qwen2Config, {"tie_word_embeddings": False}),
+         "one head each": (LlamaConfig, {"num_key_value_heads": 4}),
          "gpt2": (GPT2Config, {"n_head": 4, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0})}
 
 
 def small(kind=LlamaConfig, seed=0, **config):
     """A random model of this kind, of 64 ids."""
     torch.manual_seed(seed)
-    config = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2, "head_dim": 8,
+    config = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+              "initializer_range": 0.2, "head_dim": 8,
               "bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | config
     lm = AutoModelForCausalLM.from_config(kind(**config)).eval()
     for name, x in lm.named_parameters():                       # norms and biases come as ones and zeros
@@ -89,8 +95,8 @@ def save(folder, **kwargs):
 
 # ---------------------------------------------------------------- processes
 def as_process(rank, world):
-    """Makes this process number `rank` of `world`, in all modules that took these numbers over when they were imported."""
-    for module in map(sys.modules.get, ("runs", "models", "sft", "grpo", "eval")):
+    """Makes this process number `rank` of `world`, in all scripts that read these numbers when imported."""
+    for module in map(sys.modules.get, ("sft", "grpo", "eval")):
         if hasattr(module, "RANK"):
             module.RANK = rank
         if hasattr(module, "WORLD"):
@@ -98,14 +104,14 @@ def as_process(rank, world):
 
 
 def fork(main, argv, env=(), rank=0, world=1, before=lambda: None, cpu_seconds=0):
-    """main(argv) in a process that need not import torch once more, killed after so many seconds of CPU. -> its id"""
+    """main(argv) in a process that need not import torch again, killed after cpu_seconds -> its id"""
     sys.stdout.flush(), sys.stderr.flush()
     if pid := os.fork():
         return pid
     code = 1
     try:
         signal.alarm(120)                                       # a dead-lock fails one test, not the suite
-        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)       # SIGPROF ends a process like SIGKILL: no handler, no clean-up
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)       # SIGPROF kills: no handler, no clean-up
         os.environ.update(env)
         as_process(rank, world)
         before()
@@ -128,6 +134,8 @@ def together(main, world, argv, before=lambda rank: None, env=()):
     """The same command in `world` processes. -> their exit codes"""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        env = dict(env, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
-    pids = [fork(main, argv, env | {"RANK": str(r), "LOCAL_RANK": str(r)}, r, world, lambda r=r: before(r)) for r in range(world)]
+        env = dict(env, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(world),
+                   LOCAL_WORLD_SIZE=str(world))
+    pids = [fork(main, argv, env | {"RANK": str(r), "LOCAL_RANK": str(r)}, r, world, lambda r=r: before(r))
+            for r in range(world)]
     return [exit_code(pid) for pid in pids]
