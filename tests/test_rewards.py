@@ -525,7 +525,7 @@ def code_row(*tests, setup=""):
     ("countdown", '{"nums": [1, 2], "target": null}\n', "'target'"),
     ("countdown", json.dumps({"nums": [1] * 101, "target": 101}) + "\n", "200 characters"),
     ("math", '{"problem": "a"}\n', "'answer'"),
-    ("math", '{"problem": "a", "solution": "no box"}\n', "boxed"),
+    ("math", '{"problem": "a", "solution": 5}\n', "boxed"),
     ("math", '{"problem": "a", "solution": ["\\\\boxed{1}"]}\n', "boxed"),
     ("math", '{"answer": "a"}\n', "'problem'"),
     ("math", '{"problem": "a", "answer": ""}\n', "'answer'"),
@@ -617,7 +617,7 @@ def test_without_math_verify_math_is_one_line_before_its_data(monkeypatch):
         rewards.load_rows("math=no-such-file.jsonl", "train")
 
 
-# ------------------------------------------------------------------------------------ code: which program counts
+# ------------------------------------------------------------------------------------ code
 DOUBLES, CONSTANT = "def f(x):\n    return 2 * x", "def f(x):\n    return 4"
 BLOCK, BAD_BLOCK = f"```python\n{DOUBLES}\n```", f"```\n{CONSTANT}\n```"
 DOUBLE = {"text": "Double it.", "test_list": ["assert f(2) == 4", "assert f(5) == 10"], "test_setup_code": ""}
@@ -641,16 +641,18 @@ def test_the_last_fenced_program_of_the_answer_counts(text, want):
 
 
 def test_a_batch_of_programs_keeps_its_order():
-    texts = [f"<reasoning>a</reasoning><answer>{p}</answer>" for p in (DOUBLES, CONSTANT, DOUBLES, CONSTANT, CONSTANT, DOUBLES)]
+    programs = DOUBLES, CONSTANT, DOUBLES, CONSTANT, CONSTANT, DOUBLES
+    texts = [f"<reasoning>a</reasoning><answer>{program}</answer>" for program in programs]
     scored = rewards.score_batch(["code"] * 6, texts, [DOUBLE] * 6)
     assert [parts["correct"] for parts in scored] == [1, 0, 1, 0, 0, 1]
 
 
 def test_proofs_are_left_out_of_mathematics_and_do_not_count(tmp_path):
-    rows = [{"problem": "Prove it.", "solution": "Clear."}, {"problem": "1+1?", "solution": r"It is $\boxed{2}$."},
-            {"problem": "Prove that.", "solution": "Also clear."}, {"problem": "2+2?", "solution": r"\boxed{4}"}]
+    rows = [{"problem": "Prove it.", "solution": "Clear."}, {"problem": "1+1?", "solution": r"\boxed{2}"},
+            {"problem": "Prove that.", "solution": "Clear."}, {"problem": "2+2?", "solution": r"\boxed{4}"}]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [row["problem"] for row in rewards.load_rows(f"math={tmp_path}/m.jsonl:2", "train")] == ["1+1?", "2+2?"]
+    kept = rewards.load_rows(f"math={tmp_path}/m.jsonl:2", "train")
+    assert [row["problem"] for row in kept] == ["1+1?", "2+2?"]
     (tmp_path / "p.jsonl").write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(rewards.DataError, match="no rows that can be scored"):
         rewards.load_rows(f"math={tmp_path}/p.jsonl", "train")
