@@ -56,7 +56,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 STOP = []                       # the signals that asked this process to stop
 LOGS = ("metrics.jsonl", "samples.jsonl")
 HEAD_LOGITS = 2 ** 26           # logits that exist at a time: 256 MB in fp32
-PARTS = ("loss", "kl", "clip_low", "clip_high", "entropy", "logp_gap", "grad_norm")
+PARTS = ("loss", "kl", "clip_low", "clip_high", "entropy", "logp_gap", "grad_norm", "seen")
 MAY_CHANGE = {"resume", "output_dir", "save_every", "log_to", "micro_batch_size", "sample_batch_size", "fsdp",
               "merge", "activation_checkpointing", "offload_reference"}  # at --resume: they change no update
 transformers.utils.logging.disable_progress_bar()
@@ -478,6 +478,9 @@ def load_policy(args, device, dtype):
                                                         task_type="CAUSAL_LM", target_modules="all-linear"))
     else:
         model = lm = load_lm(args.model, "cpu" if args.fsdp else device, torch.float32)
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(lm.config.get_text_config(), name, None) not in (None, 1):
+            fail(f"--model {args.model}: it changes its logits ({name}), which a head in chunks leaves out")
     if args.activation_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     lm.logps = partial(completion_logps, lm)
@@ -661,7 +664,7 @@ def open_board(args):
     from torch.utils.tensorboard import SummaryWriter
     if args.log_to == "wandb":
         import wandb
-        wandb.init(config=vars(args), sync_tensorboard=True)
+        wandb.init(sync_tensorboard=True)
     return SummaryWriter(args.output_dir)
 
 
@@ -896,12 +899,16 @@ def train(args):
                         ((loss + 0 * logp.sum()) * WORLD).backward()
                     elif loss.requires_grad:
                         loss.backward()
-                    parts["entropy"] = (entropy * b["mask"]).sum() / num_tokens
-                    parts["logp_gap"] = ((old - b["sampled_logp"]).abs() * b["mask"]).sum() / num_tokens
+                    gap = ((old - b["sampled_logp"]) * b["mask"]).abs()
+                    parts |= {"entropy": entropy.sum(), "logp_gap": gap.sum(), "seen": b["mask"].sum()}
                     for name, value in parts.items():
                         sums[name] += value.detach()
+                    if not loss.requires_grad and not args.fsdp:
+                        break  # nor do the rows that follow, without advantage, train any term of the loss
                 values = np.sum(gather([float(value) for value in sums.values()]), axis=0)
                 sums = dict(zip(PARTS, values.tolist()))
+                seen = max(1.0, sums.pop("seen"))
+                sums |= {"entropy": sums["entropy"] / seen, "logp_gap": sums["logp_gap"] / seen}
                 # 7. Clip the gradient and update the weights.
                 sums["grad_norm"] = update(optimizers, factor, args, trained and math.isfinite(sums["loss"]))
                 skipped += not math.isfinite(sums["loss"] + sums["grad_norm"])

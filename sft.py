@@ -279,6 +279,9 @@ def load_policy(args, device, dtype):
                                                         task_type="CAUSAL_LM", target_modules="all-linear"))
     else:
         model = lm = load_lm(args.model, "cpu" if args.fsdp else device, torch.float32)
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(lm.config.get_text_config(), name, None) not in (None, 1):
+            fail(f"--model {args.model}: it changes its logits ({name}), which a head in chunks leaves out")
     if args.activation_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     lm.logps = partial(completion_logps, lm)
@@ -491,7 +494,7 @@ def open_board(args):
     from torch.utils.tensorboard import SummaryWriter
     if args.log_to == "wandb":
         import wandb
-        wandb.init(config=vars(args), sync_tensorboard=True)
+        wandb.init(sync_tensorboard=True)
     return SummaryWriter(args.output_dir)
 
 
