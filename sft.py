@@ -494,7 +494,7 @@ def open_board(args):
     from torch.utils.tensorboard import SummaryWriter
     if args.log_to == "wandb":
         import wandb
-        wandb.init(sync_tensorboard=True)
+        wandb.init(config=vars(args), sync_tensorboard=True)
     return SummaryWriter(args.output_dir)
 
 

@@ -1269,6 +1269,7 @@ def test_a_flag_file_reads_like_a_command_line_with_comments(toy, tmp_path):
 
 
 def test_numbers_go_to_tensorboard_or_wandb_when_asked_for(toy, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     begun = []
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: begun.append(options)))
