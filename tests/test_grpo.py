@@ -1746,7 +1746,7 @@ def test_model_files_that_are_damaged_incomplete_or_missing_get_one_line(toy, tm
         assert stop.value.code == 2 and last.startswith("grpo.py: --model") and says in last
 
 
-@pytest.mark.parametrize("module, more", [("wandb", "--log_to wandb"), ("peft", "--lora_rank 4"),
+@pytest.mark.parametrize("module, more", [("tensorboard", "--log_to wandb"), ("peft", "--lora_rank 4"),
                                           ("bitsandbytes", "--optim adamw8bit")])
 def test_a_package_that_is_asked_for_and_not_there_gets_one_line(
         toy, tmp_path, monkeypatch, capfd, module, more):
