@@ -115,10 +115,10 @@ def equal(gold, said):
 
 
 def alike(value, unit, side, side_unit):
-    """Whether the values are equal, and the units where both have one: 50% is 50 and 0.5, 0.5% is not 0.5."""
+    """Whether the values are equal, and the units where both have one: 50% is 0.5 and not 50."""
     if "%" in (unit, side_unit) and "" in (unit, side_unit):
         percent, number = (value, side) if unit else (side, value)
-        return asked(percent, rf"100\cdot({number})") or percent[0] in "123456789" and asked(percent, number)
+        return asked(percent, rf"100\cdot({number})")
     return (unit == side_unit or "" in (unit, side_unit)) and asked(value, side)
 
 
