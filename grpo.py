@@ -56,7 +56,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 STOP = []                       # the signals that asked this process to stop
 LOGS = ("metrics.jsonl", "samples.jsonl")
 HEAD_LOGITS = 2 ** 26           # logits that exist at a time: 256 MB in fp32
-PARTS = ("loss", "kl", "clip_low", "clip_high", "entropy", "logp_gap", "grad_norm", "seen")
+PARTS = ("loss", "kl", "clip_low", "clip_high", "entropy", "logp_gap", "seen")
 MAY_CHANGE = {"resume", "output_dir", "save_every", "log_to", "micro_batch_size", "sample_batch_size", "fsdp",
               "merge", "activation_checkpointing", "offload_reference"}  # at --resume: they change no update
 transformers.utils.logging.disable_progress_bar()

@@ -399,6 +399,11 @@ def start_processes(dtype):
     return device, getattr(torch, dtype or ("bfloat16" if cuda else "float32"))
 
 
+def peak_memory_gb():
+    """Of the GPU, or else of this process."""
+    return torch.cuda.max_memory_allocated() / 1e9 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
 def gather(x):
     """[x of rank 0, x of rank 1, ...] on every rank. Collective: call on every rank."""
     shares = [x] * WORLD
@@ -607,8 +612,7 @@ def train(args):
             metrics = {"step": step, "loss": loss / num_tokens, "token_accuracy": right / num_tokens,
                        "lr": args.lr * factor, "grad_norm": norm, "skipped": int(skipped), "tokens": tokens,
                        "tokens_per_s": tokens / (now - started), "step_seconds": now - started,
-                       "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 or
-                       resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}  # this process
+                       "peak_memory_gb": peak_memory_gb()}
             log(args, board, metrics)
             left = tqdm.format_interval((now - began) / (step - first_step + 1) * (steps - step))
             note("step {step}/{}  loss {loss:.4f}  accuracy {token_accuracy:.3f}  grad {grad_norm:.2f}  "
