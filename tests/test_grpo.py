@@ -1751,7 +1751,7 @@ def test_model_files_that_are_damaged_incomplete_or_missing_get_one_line(toy, tm
 def test_a_package_that_is_asked_for_and_not_there_gets_one_line(
         toy, tmp_path, monkeypatch, capfd, module, more):
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)     # another test may have loaded it
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)  # another test may load it
     assert f"pip install {module}" in refusal(flags(toy, tmp_path, more), capfd)
 
 
