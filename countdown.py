@@ -43,12 +43,10 @@ from tqdm import tqdm
 CLASSES = {"easy": 10, "medium": 30, "hard": float("inf")}  # name -> the largest search in it
 LIMIT = 9_999           # the largest number of the player of step 5
 
-
 def fail(message):
     """Print one line on stderr and exit with code 2: what a wrong flag, file or model gets."""
     print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     raise SystemExit(2)
-
 
 def flag_parser():
     """argparse that also reads @FILE, flags as in a shell with # comments, and whose errors are one line."""
@@ -57,7 +55,6 @@ def flag_parser():
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     parser.error = fail
     return parser
-
 
 def parse_args(argv=None):
     parser = flag_parser()
@@ -103,13 +100,11 @@ Node = namedtuple("Node", "text factor kind ups downs")
 SUM, PRODUCT, NUMBER = 0, 1, 2
 LONGEST = [lambda part: (len(part.text), part.text), lambda part: (len(part.factor), part.factor)]
 
-
 @lru_cache(None)
 def splits(mask):
     """All ways to cut a bit mask in two, smaller part first. One part keeps the lowest bit: no cut twice."""
     cuts = [sub for sub in range(1, mask) if sub & mask == sub and sub & mask & -mask]
     return [sorted((sub, mask ^ sub), key=int.bit_count) for sub in cuts]
-
 
 def reachable(nums, size):
     """Step 1: {mask: its values} for all subsets of up to `size` numbers."""
@@ -125,7 +120,6 @@ def reachable(nums, size):
                         values[n // divisor, m // divisor] = None
     return tables
 
-
 def partners(t, a):
     """Step 2: all (op, *b, swapped) with a op b = t, or b op a = t if swapped. b may not be reduced."""
     (tn, td), (an, ad) = t, a
@@ -139,18 +133,15 @@ def partners(t, a):
         found.append(("/", y, x, False))
     return found
 
-
 def flat(kind, ups, downs):
     """The sum or product of these nodes, the longest first."""
     ups, downs = sorted(ups, key=LONGEST[kind], reverse=True), sorted(downs, key=LONGEST[kind], reverse=True)
     text = "+*"[kind].join([up[kind] for up in ups]) + "".join(["-/"[kind] + down[kind] for down in downs])
     return Node(text, f"({text})" if kind == SUM else text, kind, ups, downs)
 
-
 def parts(node, kind):
     """(ups, downs) of a node inside a sum or product: its own if it is one too, else the node itself."""
     return (node.ups, node.downs) if node.kind == kind else ([node], [])
-
 
 def join(op, a, b, zero):
     """Step 3: the flat form of a op b. zero: its value is 0, so neither of its signs is the natural one."""
@@ -163,7 +154,6 @@ def join(op, a, b, zero):
         return max(node, flat(SUM, node.downs, node.ups), key=lambda either: either.ups)
     return node
 
-
 def opposite(node):
     """The shortest form of -node: 3-8 for 8-3, (3-5)*2 for (5-3)*2. Only without a minus it is longer."""
     ups, downs = parts(node, SUM)
@@ -175,7 +165,6 @@ def opposite(node):
         return flat(SUM, [flipped], [term for term in ups if term is not part])
     ups, downs = ([flipped if factor is part else factor for factor in side] for side in node[-2:])
     return flat(PRODUCT, ups, downs)
-
 
 def expressions(nums, target, tables, every):
     """Steps 2 and 3: all flat forms that reach the target, or without `every` a shortest sum and product."""
@@ -211,7 +200,6 @@ def expressions(nums, target, tables, every):
 
     return find(full, target)
 
-
 def solutions(nums, target, every=True):
     """All distinct solutions (see step 3), shortest first; without `every` a few, a shortest one first."""
     if not nums or min(nums) < 0:
@@ -222,7 +210,6 @@ def solutions(nums, target, every=True):
     if target < 0:                                          # this may change which is the shortest
         found = map(opposite, found)
     return sorted((node.text for node in found), key=lambda text: (len(text), text))
-
 
 def solve(nums, target):
     """A solution of the fewest characters, or None: solve([2, 3, 5], 13) = "5*2+3"."""
@@ -247,7 +234,6 @@ def count(nums):
                         ways[value] = ways.get(value, 0) + a_ways * b_ways
     return tables
 
-
 def multisets(k, high, rng):
     """Step 4: all multisets of k numbers from 1 to high, as sorted tuples, in random order."""
     seen = set()
@@ -259,7 +245,6 @@ def multisets(k, high, rng):
     rest = [nums for nums in combinations_with_replacement(range(1, high + 1), k) if nums not in seen]
     rng.shuffle(rest)
     yield from rest
-
 
 def draw(k, wanted, args, rng, bar):
     """Steps 4 to 7 for k numbers: {split: up to wanted[split] problems}."""
@@ -325,7 +310,6 @@ def play(nums, rand, max_value):
         hand = [held for k, held in enumerate(hand) if k not in (i, j)] + [(value, x + op + y, binds)]
     return " ".join(steps), value, hand[0][1]
 
-
 def teach(nums, target, rand, args):
     """Step 8: the trace and its answer, the last line's expression, right or wrong. No line comes twice."""
     lines, max_value = {}, max(args.max_value, *nums)       # lines: line -> its verdict, in the order of play
@@ -360,7 +344,6 @@ def save(folder, files):
     except OSError as err:
         fail(f"--out {folder}: cannot write there ({err.strerror or err})")
 
-
 def main(argv=None):
     args = parse_args(argv)
     rng, folder, kinds = random.Random(args.seed), Path(args.out), sorted(set(args.numbers))
@@ -388,7 +371,6 @@ def main(argv=None):
         solved = sum(row["trace"].endswith("ok") for row in rows) / len(rows)
         counts = ", ".join(f"{classes[difficulty]:,} {difficulty}" for difficulty in CLASSES)
         print(f"{folder / name}.jsonl: {len(rows):,} rows, {counts}; the teacher solves {solved:.0%}")
-
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C: temporary files are removed

@@ -22,7 +22,6 @@ import shlex
 import shutil
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 from statistics import fmean, multimode
 
@@ -34,12 +33,10 @@ from tqdm import tqdm
 
 import rewards
 
-
 def fail(message):
     """Print one line on stderr and exit with code 2: what a wrong flag, file or model gets."""
     print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     raise SystemExit(2)
-
 
 def flag_parser():
     """argparse that also reads @FILE, flags as in a shell with # comments, and whose errors are one line."""
@@ -48,7 +45,6 @@ def flag_parser():
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     parser.error = fail
     return parser
-
 
 def at_least(least, kind=int):
     """An argparse type: a finite number that is not below `least`."""
@@ -60,7 +56,6 @@ def at_least(least, kind=int):
 
 
 NATURAL, POSITIVE, FLOAT = at_least(0), at_least(1), at_least(0, float)
-
 
 def parse_args(argv=None):
     parser = flag_parser()
@@ -102,7 +97,6 @@ def read_problems(args):
     chats = [rewards.messages(row["task"], row, args.style) for row in rows]
     return rows, [[*chat[:-1], *shots.get(row["task"], []), chat[-1]] for row, chat in zip(rows, chats)]
 
-
 def base_of(name):
     """The model that the adapter in folder `name` adapts; for any other model `name` itself."""
     try:
@@ -112,28 +106,20 @@ def base_of(name):
     except (ValueError, KeyError):
         return fail(f"--model {name}: its adapter_config.json names no base model")
 
-
 def load_tokenizer(name):
-    """-> tokenizer, the model's context in tokens."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        config = transformers.AutoConfig.from_pretrained(name).get_text_config()
+        return transformers.AutoTokenizer.from_pretrained(name)
     except Exception as err:  # of a dozen types, for what is one thing to the user
         fail(f"--model {name}: not a model's folder, nor a hub id that can be reached ({str(err)[:200]})")
-    if not tokenizer.chat_template:
-        fail(f"--model {name}: its tokenizer has no chat template; add chat_template.jinja to its folder")
-    return tokenizer, getattr(config, "max_position_embeddings", math.inf)
-
 
 def prompt_ids(tokenizer, chats):
     """The ids of each chat, a list of turns, up to where the assistant's next turn begins."""
     try:
-        render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
-        texts = [render(chat) for chat in chats]
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+                 for chat in chats]
     except Exception as err:  # whatever a template raises, or does not compile
         fail(f"--model {tokenizer.name_or_path}: its chat template does not take the prompt ({err})")
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-
 
 def load_lm(name, device, dtype, load_in_4bit=False):
     """The causal language model `name` in eval mode, in `dtype` or in nf4."""
@@ -195,7 +181,6 @@ def complete(lm, prompts, ends, args, noise=None, forbidden=()):
             logits[(token == forbidden[0]).nonzero(), 0, forbidden[1:]] = -math.inf
     return completions
 
-
 def evaluate_model(name, lm, checkpoint, rows, args, file):
     """Sample and score all rows -> a record per completion, written to `file` as soon as it is scored."""
     tokenizer, prompts, forbidden = checkpoint
@@ -234,18 +219,15 @@ def wilson(p, n, z=1.959964):
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
-
 def pass_at_k(n, c, k):
     """Probability that k of n completions, c of them right, include a right one (Chen et al. 2021, eq. 1)."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
-
 
 def maj_at_k(votes):
     """votes: (strict answer or None, is it right) -> is the most frequent answer right? Spaces are dropped,
     None does not vote, and of tied answers the share that is right counts, as if one was drawn at random."""
     votes = [("".join(said.split()), right) for said, right in votes if said is not None]
     return fmean(dict(votes)[said] for said in multimode(said for said, _ in votes)) if votes else 0.0
-
 
 def mcnemar(better, worse):
     """Exact two-sided binomial p of so uneven a split of the problems on which two models differ."""
@@ -255,7 +237,6 @@ def mcnemar(better, worse):
 
 GEOMETRY = re.compile(r"\b(area|perimeter|circumference|radius|diameter|volume|cubic|angles?|(triang|rectang|"
                       r"circle|circular|diagonal|polygon|square (feet|foot|inch|met|yard|mile))\w*)\b")
-
 
 def kinds(row):
     """What the breakdown groups a problem by. gsm8k: steps are the answer's <<calculations>> or lines."""
@@ -268,7 +249,6 @@ def kinds(row):
         found["steps"] = str(steps) if steps < 8 else "8+"
         found["geometry"] = "yes" if GEOMETRY.search(row["question"].lower()) else "no"
     return found
-
 
 def summarise(records, rows, K, first):
     """Records of a model on a task -> row of the table, {row: pass rate}. first: the first model's rates."""
@@ -322,7 +302,6 @@ def tables(results):
         if lines:
             yield lines
 
-
 def print_table(lines):
     """Print a table; one that is wider than the terminal in parts, each with the first column."""
     columns = [[name, *(line.get(name, "") for line in lines)] for name in max(lines, key=len)]
@@ -335,18 +314,14 @@ def print_table(lines):
             part.append(columns.pop(0))
         print("", *("  ".join(cells).rstrip() for cells in zip(*part)), sep="\n")
 
-
 def run(args, kept):
     """`kept`: the file that takes the completions as they come."""
     args.weights = rewards.parse_weights(args.weights)
     rows, chats = read_problems(args)                                                                      # 1
     checkpoints, results, rates, stem = {}, [], {}, args.output.removesuffix(".json")
     for name in args.model:
-        tokenizer, context = load_tokenizer(base_of(name))
+        tokenizer = load_tokenizer(base_of(name))
         prompts = prompt_ids(tokenizer, chats)
-        longest = max(map(len, prompts))
-        if longest + args.max_new_tokens > context:
-            fail(f"--max_new_tokens {args.max_new_tokens}: {name} reads {context}, a prompt has {longest}")
         forbidden = [tokenizer.encode(text, add_special_tokens=False) for text in args.forbid_after]
         if any(len(ids) != 1 for ids in forbidden):
             fail(f"--forbid_after: {[len(ids) for ids in forbidden]} tokens for {name}; each must be one")
@@ -375,7 +350,6 @@ def run(args, kept):
     kept.replace(f"{stem}.samples.jsonl")
     print("\nwritten:", *files, f"{stem}.samples.jsonl")
 
-
 def main(argv=None):
     transformers.utils.logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # what a cluster sends
@@ -392,7 +366,6 @@ def main(argv=None):
         fail(f"out of GPU memory: lower --batch_size or --max_new_tokens; completions so far are in {kept}")
     except OSError as err:                                      # a full disk, most of all
         fail(f"--output {args.output}: cannot be written ({err})")
-
 
 if __name__ == "__main__":
     main()

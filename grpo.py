@@ -26,14 +26,13 @@ import fcntl
 import json
 import math
 import os
-import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from itertools import zip_longest
@@ -48,12 +47,12 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm, trange
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import rewards
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 STOP = []                       # the signals that asked this process to stop
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 LOGS = ("metrics.jsonl", "samples.jsonl")
 HEAD_LOGITS = 2 ** 26           # logits that exist at a time: 256 MB in fp32
 PARTS = ("loss", "kl", "clip_low", "clip_high", "entropy", "logp_gap", "seen")
@@ -68,12 +67,10 @@ def fail(message):
     print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
-
 def note(message):
     """Print a line on stderr, on rank 0, that does not break a progress bar."""
     if RANK == 0:
         tqdm.write(message, file=sys.stderr)
-
 
 def flag_parser():
     """argparse that also reads @FILE, flags as in a shell with # comments, and whose errors are one line."""
@@ -82,7 +79,6 @@ def flag_parser():
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     parser.error = fail
     return parser
-
 
 def at_least(least, kind=int):
     """An argparse type: a finite number that is not below `least`."""
@@ -95,47 +91,17 @@ def at_least(least, kind=int):
 
 NATURAL, POSITIVE, FLOAT = at_least(0), at_least(1), at_least(0, float)
 
-
-def add_training_flags(parser, **defaults):
-    """The flags that sft.py and grpo.py have in common, but for some defaults."""
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=FLOAT, help="peak learning rate; LoRA takes ten times that of a whole model")
-    add("--warmup", type=NATURAL, help="steps of linear warm-up")
-    add("--lr_schedule", choices=["constant", "linear", "cosine"], help="after the warm-up; two end at 0")
-    add("--max_grad_norm", type=FLOAT, default=1.0, help="clip the gradient to this norm; 0: never")
-    add("--optim", choices=["adamw", "adamw8bit", "paged_adamw8bit", "muon"], default="adamw",
-        help="8bit: moments of 2 bytes a parameter, not 8; paged: on the CPU if need be; muon: for matrices")
-    add("--muon_lr", type=FLOAT, help="peak learning rate of the layers' matrices under --optim muon")
-    add("--micro_batch_size", type=POSITIVE, default=8, help="rows per forward pass: speed and memory only")
-    add = parser.add_argument_group("model and memory").add_argument
-    add("--lora_rank", type=NATURAL, default=0, help="LoRA on all linear layers but the head; 0: whole model")
-    add("--lora_alpha", type=FLOAT, default=32, help="the adapter is scaled by alpha / rank")
-    add("--load_in_4bit", action="store_true", help="QLoRA: keep the frozen base in nf4")
-    add("--merge", action="store_true", help="LoRA: also write merged/, the base with the adapter merged in")
-    add("--activation_checkpointing", action="store_true", help="less memory, about a third slower")
-    add("--dtype", choices=["float32", "bfloat16"], help="of compute; None: bfloat16 on a GPU, else float32")
-    add("--fsdp", action="store_true", help="shard a whole model over torchrun's processes (FSDP2)")
-    add = parser.add_argument_group("files and logs").add_argument
-    add("--output_dir", default=f"runs/{Path(__file__).stem}", help="final model, checkpoints, logs")
-    add("--save_every", type=NATURAL, help="steps between checkpoints; 0: only when stopped")
-    add("--log_to", choices=["tensorboard", "wandb"], help="besides metrics.jsonl")
-    add("--resume", action="store_true", help="continue from the newest checkpoint in --output_dir, if any")
-    add("--seed", type=NATURAL, default=0, help="of the data order, the sampling and new weights")
-    parser.set_defaults(**defaults)
-
-
 def parse_args(argv=None):
     parser = flag_parser()
     add = parser.add_argument_group("task").add_argument
     add("--model", required=True, help="checkpoint folder or hub id")
     add("--data", nargs="+", default=["countdown"], metavar="SOURCE", help="prompts: TASK[=PATH][:N]")
-    add("--pass_rate", nargs=2, type=FLOAT, default=[0.0, 1.0], help="keep rows with a pass_rate within")
+    add("--pass_rate", nargs=2, type=FLOAT, metavar=("LOW", "HIGH"), help="keep rows with a pass_rate within")
     add("--style", choices=rewards.STYLES, default="reasoning", help="name of the reasoning tag")
     add("--weights", nargs="+", default=[f"{part}={w}" for part, w in rewards.WEIGHTS.items()],
         metavar="PART=WEIGHT", help="of the parts of the reward; parts that are not named weigh 0")
     add("--length_penalty", nargs=2, type=NATURAL, default=list(rewards.LENGTH), help="its tokens, START END")
     add("--eval_data", nargs="+", default=[], metavar="SOURCE", help="held-out rows, answered greedily")
-    add("--eval_split", default="test", help="of --eval_data: train, val or test")
     add("--eval_every", type=POSITIVE, default=50, help="steps between evaluations")
     add = parser.add_argument_group("sampling").add_argument
     add("--prompts_per_step", type=POSITIVE, default=32, help="groups per step, over all processes")
@@ -155,9 +121,30 @@ def parse_args(argv=None):
     add("--offload_reference", action="store_true", help="keep it on the CPU except during its forward pass")
     add("--mask_truncated", action="store_true", help="do not train on completions that were cut off")
     add("--inner_epochs", type=POSITIVE, default=1, help="updates per step on the same rollouts")
-    add_training_flags(parser, lr=1e-6, warmup=10, lr_schedule="constant", muon_lr=1e-3, save_every=50)
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--lr", type=FLOAT, default=1e-6, help="peak learning rate; LoRA takes ten times as much")
+    add("--warmup", type=NATURAL, default=10, help="steps of linear warm-up")
+    add("--lr_schedule", choices=["constant", "linear", "cosine"], default="constant", help="after warm-up")
+    add("--max_grad_norm", type=FLOAT, default=1.0, help="clip the gradient to this norm; 0: never")
+    add("--optim", choices=["adamw", "adamw8bit", "paged_adamw8bit", "muon"], default="adamw",
+        help="8bit: moments of 2 bytes a parameter, not 8; paged: on the CPU if need be; muon: for matrices")
+    add("--muon_lr", type=FLOAT, default=1e-3, help="peak learning rate of the layers' matrices under muon")
+    add("--micro_batch_size", type=POSITIVE, default=8, help="rows per forward pass: speed and memory only")
+    add = parser.add_argument_group("model and memory").add_argument
+    add("--lora_rank", type=NATURAL, default=0, help="LoRA on all linear layers but the head; 0: whole model")
+    add("--lora_alpha", type=FLOAT, default=32, help="the adapter is scaled by alpha / rank")
+    add("--load_in_4bit", action="store_true", help="QLoRA: keep the frozen base in nf4")
+    add("--merge", action="store_true", help="LoRA: also write merged/, the base with the adapter merged in")
+    add("--activation_checkpointing", action="store_true", help="less memory, about a third slower")
+    add("--dtype", choices=["float32", "bfloat16"], help="of compute; None: bfloat16 on a GPU, else float32")
+    add("--fsdp", action="store_true", help="shard a whole model over torchrun's processes (FSDP2)")
+    add = parser.add_argument_group("files and logs").add_argument
+    add("--output_dir", default="runs/grpo", help="final model, checkpoints, logs")
+    add("--save_every", type=NATURAL, default=50, help="steps between checkpoints; 0: only when stopped")
+    add("--log_to", choices=["tensorboard", "wandb"], help="besides metrics.jsonl")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --output_dir, if any")
+    add("--seed", type=NATURAL, default=0, help="of the data order, the sampling and new adapters")
     return parser.parse_args(argv)
-
 
 def advantages(rewards, group_size, scale="group"):
     """[N] rewards, a group's completions side by side -> [N] advantages: r - mean(group), over a std.
@@ -171,7 +158,6 @@ def advantages(rewards, group_size, scale="group"):
         centred = centred / (std + 1e-4)
     equal = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)          # [N / G, 1]
     return centred.masked_fill(equal, 0.0).view(-1)
-
 
 def policy_loss(logp, old_logp, ref_logp, adv, mask, *, loss="dapo", clip_low=0.2, clip_high=0.2, beta=0.0,
                 num_tokens, num_seqs, max_new_tokens):
@@ -207,13 +193,11 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, *, loss="dapo", clip_low=0.
     parts = {name: (x * mask).sum().detach() / num_tokens for name, x in parts.items()}
     return total, parts | {"loss": total.detach()}
 
-
 def learning_rate(step, steps, warmup, schedule):
     """The factor on the peak learning rate at step 1, 2, ...; a falling one is 0 after the last step."""
     progress = (step - 1 - warmup) / max(1, steps - warmup)
     falls = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
     return step / warmup if step <= warmup else falls[schedule]
-
 
 def draw_order(n, seed, start, count):
     """Indices start, start + 1, ... of an endless order in which each of n rows comes once per epoch."""
@@ -221,19 +205,15 @@ def draw_order(n, seed, start, count):
     order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs])
     return order[start % n:][:count].tolist()
 
-
 def completion_logps(lm, ids, prompt_lengths, mask, temperature=1.0, chunk=HEAD_LOGITS):
-    """Log-probabilities of the completions' ids at `temperature`; without gradient, entropies, and 1 where an
-    id is the likeliest: [n, T] each, 0 where the mask is.
-
-    ids [n, L]: prompt, completion, padding (needs no mask, as attention is causal);
-    prompt_lengths [n]; mask [n, T]. At most `chunk` logits exist at once, of completions alone; the
-    backward pass computes them again."""
+    """Log-probabilities of the completions' ids at `temperature` and, without gradient, entropies, [n, T],
+    0 where the mask is. ids [n, L]: prompt, completion, padding (needs no mask, as attention is causal);
+    prompt_lengths [n]; mask [n, T]. At most `chunk` logits exist at once, of completions alone; the backward
+    pass computes them again."""
     def head(h, targets):
         logps = (lm.get_output_embeddings()(h).float() / temperature).log_softmax(-1)   # [m, V]; bf16: noise
         frozen = logps.detach()                 # entropies of `logps` itself would keep their gradient
-        return (logps.gather(1, targets[:, None]).squeeze(1), -(frozen.exp() * frozen).sum(-1),
-                (frozen.argmax(-1) == targets).float())
+        return logps.gather(1, targets[:, None]).squeeze(1), -(frozen.exp() * frozen).sum(-1)
 
     states = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state    # [n, L, H]
     row, t = mask.nonzero(as_tuple=True)                                        # [tokens] each
@@ -253,7 +233,6 @@ def uniforms(seed, step, rows, n):
     streams = [np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, step, row])) for row in rows]
     return torch.tensor(np.array([stream.random(n, dtype=np.float32) for stream in streams])).view(-1, n)
 
-
 def pick(logits, temperature, u):
     """logits [n, V], u [n] uniform or None (greedy) -> ids [n], their log-probabilities [n] at `temperature`.
 
@@ -268,25 +247,8 @@ def pick(logits, temperature, u):
         ids = torch.searchsorted(sums, torch.minimum(u[:, None], below), right=True)
     return ids.squeeze(1), p.gather(1, ids).log().squeeze(1)
 
-
-def attend(module, query, key, value, attention_mask, **options):
-    """transformers' sdpa attention, but for one query a row, [n, heads, 1, D]: the query heads of a key-value
-    head become rows of one product, which reads keys and values [n, kv_heads, columns, D] once, uncopied."""
-    if query.shape[2] > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query.reshape(len(query), key.shape[1], -1, query.shape[-1]),       # [n, kv_heads, group, D]
-        key, value, attention_mask, scale=options["scaling"])
-    return out.reshape(len(query), 1, query.shape[1], -1), None
-
-
-transformers.AttentionInterface.register("grpo", attend)
-transformers.AttentionMaskInterface.register("grpo", transformers.masking_utils.sdpa_mask)
-
-
 def round_up(n, multiple):
     return -(-n // multiple) * multiple
-
 
 class Sampler:
     """Samples groups of completions. All prompts end in the same column, so that each step is the same
@@ -299,10 +261,13 @@ class Sampler:
         self.graphs = model.device.type == "cuda" if graphs is None else graphs
         self.blocks = (32, 128) if self.graphs else (1, 1)      # rows and columns come in multiples of these
         self.rows = self.columns = 0                            # of the buffers
-        layers = transformers.DynamicCache(config=model.config).layers
+        config = model.config.get_text_config()
+        layers = transformers.DynamicCache(config=config).layers
         if set(map(type, layers)) != {transformers.cache_utils.DynamicLayer}:
-            fail(f"--model: the cache of {model.config.model_type} is not keys and values alone: unsupported")
-        model.set_attn_implementation("grpo")
+            fail(f"--model: the cache of {config.model_type} is not keys and values alone: unsupported")
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            if getattr(config, name, None) not in (None, 1):
+                fail(f"--model: it changes its logits ({name}), which a head in chunks leaves out")
 
     @torch.inference_mode()
     def __call__(self, prompts, noise, group_size, max_new_tokens, temperature):
@@ -421,26 +386,19 @@ class Sampler:
 
 # ----------------------------------------------------------------------------------------- models
 def load_tokenizer(name):
-    """-> tokenizer, the model's context in tokens."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        config = transformers.AutoConfig.from_pretrained(name).get_text_config()
+        return transformers.AutoTokenizer.from_pretrained(name)
     except Exception as err:  # of a dozen types, for what is one thing to the user
         fail(f"--model {name}: not a model's folder, nor a hub id that can be reached ({str(err)[:200]})")
-    if not tokenizer.chat_template:
-        fail(f"--model {name}: its tokenizer has no chat template; add chat_template.jinja to its folder")
-    return tokenizer, getattr(config, "max_position_embeddings", math.inf)
-
 
 def prompt_ids(tokenizer, chats):
     """The ids of each chat, a list of turns, up to where the assistant's next turn begins."""
     try:
-        render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
-        texts = [render(chat) for chat in chats]
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+                 for chat in chats]
     except Exception as err:  # whatever a template raises, or does not compile
         fail(f"--model {tokenizer.name_or_path}: its chat template does not take the prompt ({err})")
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-
 
 def load_lm(name, device, dtype, load_in_4bit=False):
     """The causal language model `name` in eval mode, in `dtype` or in nf4."""
@@ -462,10 +420,9 @@ def load_lm(name, device, dtype, load_in_4bit=False):
     sampling.do_sample = bool(sampling.do_sample or sampling.temperature or sampling.top_p)
     return lm.to(device).eval()
 
-
-def load_policy(args, device, dtype):
-    """The model to train, whole in fp32 (an update of 5e-7 vanishes in bf16) or an fp32 adapter on a frozen
-    base -> the model, the transformers model in it, completion_logps of it at the right precision."""
+def load_policy(args, device, dtype, lm=None):
+    """The model to train (`lm` or --model), whole in fp32 (an update of 5e-7 vanishes in bf16) or an fp32
+    adapter on a frozen base -> the model, the transformers model in it."""
     if args.load_in_4bit and not args.lora_rank:
         fail("--load_in_4bit needs --lora_rank: 4-bit weights do not train")
     if args.fsdp and (WORLD == 1 or args.lora_rank or args.optim != "adamw"):
@@ -477,58 +434,45 @@ def load_policy(args, device, dtype):
         model = peft.get_peft_model(lm, peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha,
                                                         task_type="CAUSAL_LM", target_modules="all-linear"))
     else:
-        model = lm = load_lm(args.model, "cpu" if args.fsdp else device, torch.float32)
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(lm.config.get_text_config(), name, None) not in (None, 1):
-            fail(f"--model {args.model}: it changes its logits ({name}), which a head in chunks leaves out")
+        model = lm = lm or load_lm(args.model, "cpu" if args.fsdp else device, torch.float32)
     if args.activation_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    lm.logps = partial(completion_logps, lm)
     if args.fsdp:  # fp32 shards; a layer is gathered in `dtype` to run
         for module in (*lm.base_model.layers, lm):
             fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
-        register_fsdp_forward_method(lm, "logps")
-    # autocast's cache would hold a second copy of all weights
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
-    return model, lm, autocast(lm.logps)
-
+    return model, lm
 
 @torch.no_grad()
 def refresh(plain, lm):
     """Copy what the policy `lm` amounts to into `plain` (which it may be): 4-bit weights dequantised, shards
     gathered (collective), an adapter's delta added in fp32 to its base, which stays as it is."""
-    target = dict(plain.named_parameters())
-    for name, weight in lm.named_parameters():
-        if ".lora_" in name:
-            continue
+    for name, target in plain.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        layer = lm.get_submodule(path)
+        weight = getattr(getattr(layer, "base_layer", layer), leaf)
         if getattr(weight, "quant_state", None) is not None:
             import bitsandbytes
             weight = bitsandbytes.functional.dequantize_4bit(weight, weight.quant_state)
-        layer, adapted, leaf = name.partition(".base_layer.")
-        if adapted and leaf == "weight":
-            weight = weight.float() + lm.get_submodule(layer).get_delta_weight("default")
+        if hasattr(layer, "base_layer") and leaf == "weight":
+            weight = weight.float() + layer.get_delta_weight("default")
         if hasattr(weight, "full_tensor"):
             weight = weight.full_tensor()
-        target[name.replace(".base_layer.", ".")].copy_(weight)
-
+        target.copy_(weight)
 
 def make_optimizers(model, args):
     """The optimisers of all trained parameters, at peak learning rates."""
-    matrices, rest = [], []
-    for name, p in model.named_parameters():
-        if args.optim == "muon" and p.ndim == 2 and ".layers." in name and p.requires_grad:
-            matrices.append(p)
-        elif p.requires_grad:
-            rest.append(p)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = {name: p for name, p in trained.items()
+                if args.optim == "muon" and p.ndim == 2 and ".layers." in name}
+    rest = [p for name, p in trained.items() if name not in matrices]
     if "8bit" in args.optim:
         import bitsandbytes
         kind = "PagedAdamW8bit" if "paged" in args.optim else "AdamW8bit"
         return [getattr(bitsandbytes.optim, kind)(rest, lr=args.lr, weight_decay=0.0)]
     optimizers = [torch.optim.AdamW(rest, lr=args.lr, weight_decay=0.0, fused=True)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=args.muon_lr, weight_decay=0.0))
+        optimizers.append(torch.optim.Muon(matrices.values(), lr=args.muon_lr, weight_decay=0.0))
     return optimizers
-
 
 def update(optimizers, factor, args, usable):
     """Sum gradients over processes, clip, update at `factor` times the peak learning rates -> norm of the
@@ -549,26 +493,27 @@ def update(optimizers, factor, args, usable):
         optimizer.zero_grad()
     return norm
 
-
 def start_processes(dtype):
-    """Join torchrun's other processes, if there are any -> this one's device, the compute dtype."""
+    """Join torchrun's other processes, if any -> this one's device, the compute dtype. From now on the first
+    SIGINT or SIGTERM is kept in STOP; a second SIGINT ends the process."""
+    def keep(number, frame):
+        STOP.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.write(2, b"\nstopping: saving a checkpoint first; Ctrl-C again leaves at once\n")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, keep)
     cuda = torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
     if WORLD > 1:  # ranks may wait for hours while one samples or saves
-        store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(hours=12)))
+        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(hours=12)))
         # after a restart torchrun's store still holds the addresses of the start before
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=store.timeout)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=RANK,
+                                world_size=WORLD, timeout=store.timeout)
     return device, getattr(torch, dtype or ("bfloat16" if cuda else "float32"))
-
-
-def peak_memory_gb():
-    """Of the GPU, or else of this process."""
-    return torch.cuda.max_memory_allocated() / 1e9 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
 
 def gather(x):
     """[x of rank 0, x of rank 1, ...] on every rank. Collective: call on every rank."""
@@ -577,70 +522,51 @@ def gather(x):
         dist.all_gather_object(shares, x)
     return shares
 
-
-def catch_signals():
-    """From now on the first SIGINT or SIGTERM is kept in STOP; a second SIGINT ends the process."""
-    def keep(number, frame):
-        STOP.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.write(2, b"\nstopping: saving a checkpoint first; Ctrl-C again leaves at once\n")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, keep)
-
-
 def open_run(args, defaults):
-    """Lock --output_dir -> the state of the newest checkpoint in it that loads, or None for a new run.
+    """Lock --output_dir -> the state of its newest checkpoint that loads, or None for a new run.
 
     Refuses a folder that another process holds, or that holds a run, unless --resume comes with that run's
-    flags (a flag it did not know yet had its default). What was written after the checkpoint is removed."""
-    out, state, unfinished = Path(args.output_dir), None, [Path(args.output_dir, "tmp-checkpoint")]
+    flags (a flag it did not know yet had its default). The logs are set back to those of the checkpoint."""
+    out, state = Path(args.output_dir), None
     out.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
         try:                                                    # this lock dies with its process
             fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fail(f"--output_dir {out} is in use by another run: take another folder")
-    checkpoints = sorted(out.glob("checkpoint-*"), key=lambda folder: int(folder.name[11:]))
+    checkpoints = sorted(out.glob("checkpoint-*"), key=lambda folder: -int(folder.name[11:]))
     finished = not checkpoints and list(out.glob("*config.json"))
     if finished or checkpoints and not args.resume:
         fail(f"--output_dir {out} holds a run: remove it or, if there is a checkpoint, add --resume")
-    while checkpoints and not state:
-        folder = checkpoints.pop()
+    for folder in checkpoints:
         try:
             state = dict(torch.load(folder / "trainer.pt", weights_only=True, map_location="cpu", mmap=True))
+            break
         except Exception:  # of many types: cut off, missing, something else
             note(f"{folder} is damaged: trying the checkpoint before it")
-            unfinished.append(folder)
-            if not checkpoints:
-                fail(f"--resume: no checkpoint in {out} loads; remove the folder to start again")
-    if state:
-        changed = [name for name, value in vars(args).items()
-                   if name not in MAY_CHANGE and state["args"].get(name, getattr(defaults, name)) != value]
-        if changed:
-            fail(f"--resume: not the flags of the run in {out}: --{', --'.join(changed)}")
-
-    gather(0)                                                   # every rank has looked
+    if checkpoints and not state:
+        fail(f"--resume: no checkpoint in {out} loads; remove the folder to start again")
+    changed = [name for name, value in vars(args).items() if state and name not in MAY_CHANGE
+               and state["args"].get(name, getattr(defaults, name)) != value]
+    if changed:
+        fail(f"--resume: not the flags of the run in {out}: --{', --'.join(changed)}")
     if RANK == 0:
-        for folder in unfinished:
-            shutil.rmtree(folder, ignore_errors=True)
-        for name in LOGS:
-            with open(out / name, "ab+") as f:
-                f.seek(0)
-                kept = f.read(state[name] if state else 0)
-                f.truncate(kept.rfind(b"\n") + 1)              # without a torn line
+        for name in LOGS:                                       # as they were at the checkpoint
+            (out / name).write_bytes((folder / name).read_bytes() if state else b"")
         (out / "args.json").write_text(json.dumps(vars(args), indent=1))
     return state
 
-
 def save_checkpoint(out, state, save_model):
-    """OUT/checkpoint-<step>: a model folder, and in trainer.pt all else that a run is. Renamed when complete,
-    so that a kill at any moment leaves a whole one. The newest two stay. On rank 0."""
+    """OUT/checkpoint-<step>: a model folder, the logs, and in trainer.pt all else that a run is. Renamed when
+    complete, so that a kill at any moment leaves a whole one. The newest two stay. On rank 0."""
     out = Path(out)
     folder, tmp = out / f"checkpoint-{state['step']}", out / "tmp-checkpoint"
+    shutil.rmtree(tmp, ignore_errors=True)                      # of a process that was killed
     try:
         save_model(tmp)
-        torch.save(state | {name: (out / name).stat().st_size for name in LOGS}, tmp / "trainer.pt")
+        torch.save(state, tmp / "trainer.pt")
+        for name in LOGS:
+            shutil.copy(out / name, tmp)
     except Exception as err:  # a full disk, in the words of each library
         shutil.rmtree(tmp, ignore_errors=True)
         fail(f"cannot write {folder} ({err}): make room, then --resume")
@@ -649,33 +575,27 @@ def save_checkpoint(out, state, save_model):
     for old in sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))[:-2]:
         shutil.rmtree(old)
 
-
 def append(path, rows):
-    """Append JSON lines; a number that is not finite becomes null, as JSON has no NaN."""
-    with open(path, "a") as f:
+    """Append JSON lines, on rank 0; a number that is not finite becomes null, as JSON has no NaN."""
+    with open(path if RANK == 0 else os.devnull, "a") as f:
         for row in rows:
             f.write(json.dumps(json.loads(json.dumps(row), parse_constant=lambda name: None)) + "\n")
 
-
 def open_board(args):
-    """The TensorBoard writer that --log_to asks for, or None; W&B copies what is written there."""
-    if not args.log_to or RANK > 0:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-    if args.log_to == "wandb":
-        import wandb
-        wandb.init(config=vars(args), sync_tensorboard=True)
-    return SummaryWriter(args.output_dir)
-
+    """The TensorBoard writer that --log_to asks for, if any, on rank 0; W&B copies what is written there."""
+    if args.log_to and RANK == 0:
+        from torch.utils.tensorboard import SummaryWriter
+        if args.log_to == "wandb":
+            import wandb
+            wandb.init(config=vars(args), sync_tensorboard=True)
+        return SummaryWriter(args.output_dir)
 
 def log(args, board, metrics):
     """Write a line of metrics.jsonl, and points on the board's curves. On rank 0."""
-    if RANK == 0:
-        append(Path(args.output_dir) / "metrics.jsonl", [metrics])
+    append(Path(args.output_dir) / "metrics.jsonl", [metrics])
     if board:
         for name, value in metrics.items():
             board.add_scalar(name, value, metrics["step"])
-
 
 @dataclass
 class Rollout:
@@ -689,8 +609,7 @@ class Rollout:
     parts: dict = None          # of its reward
     advantage: float = 0.0
 
-
-def read_prompts(sources, split, args, tokenizer, context):
+def read_prompts(sources, split, args, tokenizer):
     """Rows of all sources with their "prompt_ids". Default Countdown data that are not there yet are made."""
     countdown = "countdown" in [source.split(":")[0] for source in sources]
     if countdown and not Path("data/countdown").exists() and RANK == 0:
@@ -698,11 +617,7 @@ def read_prompts(sources, split, args, tokenizer, context):
     gather(0)                                                   # the other ranks wait for it
     rows = sum([rewards.load_rows(source, split) for source in sources], [])
     ids = prompt_ids(tokenizer, [rewards.messages(row["task"], row, args.style) for row in rows])
-    longest = max(map(len, ids), default=0)
-    if longest + args.max_new_tokens > context:
-        fail(f"a prompt of {longest} tokens and --max_new_tokens exceed the model's context of {context}")
     return [row | {"prompt_ids": x} for row, x in zip(rows, ids)]
-
 
 def sample(sampler, tokenizer, data, indices, noise, args, temperature=1.0):
     """A group of Rollouts for each index of data. noise [N, max_new_tokens]; None: one each, greedy."""
@@ -718,7 +633,6 @@ def sample(sampler, tokenizer, data, indices, noise, args, temperature=1.0):
             ended = not sampler.eos_ids.isdisjoint(ids[-1:])
             rollouts.append(Rollout(i, data[i]["prompt_ids"], ids, logp, ended, text))
     return [rollouts[k:k + group_size] for k in range(0, len(rollouts), group_size)]
-
 
 def score(groups, data, args, weights):
     """Fill in the rewards of this process's groups -> all processes' groups, in the order of their prompts.
@@ -736,11 +650,9 @@ def score(groups, data, args, weights):
     shares = gather(groups)
     return [group for turn in zip_longest(*shares) for group in turn if group]
 
-
 def is_dead(group):
     """Whether a group's rewards are all equal, so that its advantages are 0."""
     return len({r.parts["reward"] for r in group}) == 1
-
 
 def means(groups, data):
     """Means over rollouts: every reward part (also by task, if there are several), length, share cut off."""
@@ -755,7 +667,6 @@ def means(groups, data):
     found["truncated"] = fmean(not r.ended for r in rollouts)
     return found
 
-
 def micro_batches(rollouts, args, device):
     """This process's micro-batches, padded: ids [n, L]; prompt_lengths, adv [n]; mask, sampled_logp [n, T].
 
@@ -765,36 +676,38 @@ def micro_batches(rollouts, args, device):
         return torch.nn.utils.rnn.pad_sequence(list(map(torch.as_tensor, rows)), batch_first=True).to(device)
 
     size, batches = args.micro_batch_size, []
-    order = sorted(rollouts, key=lambda r: (r.advantage == 0, -len(r.prompt) - len(r.completion)))
-    rows = [(r, float(r.ended or not args.mask_truncated)) for r in order]
-    if args.fsdp:
-        rows += [(order[-1], 0.0)] * (-len(rows) % (size * WORLD))      # masked
+    rows = sorted(rollouts, key=lambda r: (r.advantage == 0, -len(r.prompt) - len(r.completion)))
+    if args.fsdp and rows:
+        rows += [replace(rows[-1], completion=[], logps=torch.zeros(0))] * (-len(rows) % (size * WORLD))
     for at in range(RANK * size, len(rows), WORLD * size):
-        part, trained = zip(*rows[at:at + size])
+        part = rows[at:at + size]
         batches.append({"ids": pad([r.prompt + r.completion for r in part]),
                         "prompt_lengths": torch.tensor([len(r.prompt) for r in part], device=device),
                         "adv": torch.tensor([r.advantage for r in part], device=device),
-                        "mask": pad([[x] * len(r.completion) for x, r in zip(trained, part)]),
+                        "mask": pad([torch.ones(len(r.completion)) for r in part]),
                         "sampled_logp": pad([r.logps for r in part])})
     return batches
 
 
 # ----------------------------------------------------------------------------------------- the loop
 def train(args):
-    catch_signals()
     device, dtype = start_processes(args.dtype)
     weights = rewards.parse_weights(args.weights)
-    tokenizer, context = load_tokenizer(args.model)
-    data = read_prompts(args.data, "train", args, tokenizer, context)
-    eval_data = read_prompts(args.eval_data, args.eval_split, args, tokenizer, context)
-    if args.pass_rate != [0, 1]:
+    tokenizer = load_tokenizer(args.model)
+    data = read_prompts(args.data, "train", args, tokenizer)
+    eval_data = read_prompts(args.eval_data, "test", args, tokenizer)
+    if args.pass_rate:
         low, high = args.pass_rate
-        data = [row for row in data if row.get("pass_rate") is not None and low <= row["pass_rate"] <= high]
+        data = [row for row in data if low <= row.get("pass_rate", -1) <= high]
         if not data:
             fail("--pass_rate: no row of --data has one in this range; eval.py --samples 8 writes it")
     state, board = open_run(args, parse_args(["--model", ""])), open_board(args)
 
-    policy, lm, policy_logps = load_policy(args, device, dtype)
+    policy, lm = load_policy(args, device, dtype)
+    lm.logps = partial(completion_logps, lm)
+    register_fsdp_forward_method(lm, "logps")                   # without --fsdp this does nothing
+    # autocast's cache would hold a second copy of all weights
+    policy_logps = torch.autocast(device.type, dtype, dtype != torch.float32, cache_enabled=False)(lm.logps)
     plain = lm  # what is sampled from and saved: the policy itself, or
     if args.lora_rank or args.fsdp or dtype != torch.float32:   # a copy of what it amounts to
         plain = load_lm(args.model, device, dtype)
@@ -805,13 +718,11 @@ def train(args):
         reference = load_lm(args.model, "cpu" if args.offload_reference else device, dtype)
     home = reference.device                                     # where it is except during its forward pass
     optimizers = make_optimizers(policy, args)
-    done = {"step": 0, "drawn": 0, "evaluated": -1, "saved": 0}     # steps, prompts, the last steps that were
+    done = {"step": 0, "drawn": 0, "evaluated": -1}             # steps, prompts, the last step evaluated
     if state:
-        options = StateDictOptions(full_state_dict=True, strict=False)
         set_state_dict(policy, optimizers, model_state_dict=state["weights"],
-                       optim_state_dict=state["optimizers"], options=options)
+                       optim_state_dict=state["optimizers"], options=WHOLE)
         done = {name: state[name] for name in done}
-    state = None                                                # frees it
     policy.eval()
     refresh(plain, lm)
 
@@ -820,16 +731,13 @@ def train(args):
         tokenizer.save_pretrained(folder)
 
     def save():
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        trained, moments = get_state_dict(policy, optimizers, options=whole)            # collective
-        done["saved"] = done["step"]
+        trained, moments = get_state_dict(policy, optimizers, options=WHOLE)            # collective
         if RANK == 0:
             state = done | {"args": vars(args), "weights": trained, "optimizers": moments}
             save_checkpoint(args.output_dir, state, save_model)
 
     def evaluate():
-        due = done["step"] % args.eval_every == 0 or done["step"] == args.steps
-        if eval_data and due and done["evaluated"] < done["step"]:
+        if eval_data and done["evaluated"] < done["step"]:
             mine = sample(sampler, tokenizer, eval_data, range(len(eval_data))[RANK::WORLD], None, args)
             found = means(score(mine, eval_data, args, weights), eval_data)
             log(args, board, {"step": done["step"], **{f"eval_{name}": x for name, x in found.items()}})
@@ -837,8 +745,9 @@ def train(args):
             done["evaluated"] = done["step"]
 
     try:
-        evaluate()
         for step in range(done["step"] + 1, args.steps + 1):
+            if done["step"] % args.eval_every == 0:             # 8, of the step before
+                evaluate()
             started = time.perf_counter()
             factor = learning_rate(step, args.steps, args.warmup, args.lr_schedule)
             ends = [args.temperature, args.temperature_end or args.temperature]
@@ -869,9 +778,9 @@ def train(args):
             adv = advantages(torch.tensor([r.parts["reward"] for r in rollouts]), args.group_size, args.scale)
             for r, a in zip(rollouts, adv.tolist()):
                 r.advantage = a
-            batches = micro_batches(rollouts, args, device)
-            trained = [len(r.completion) for r in rollouts if r.ended or not args.mask_truncated]
-            num_tokens = max(1, sum(trained))
+            trained = [r for r in rollouts if r.ended or not args.mask_truncated]
+            num_tokens = sum(len(r.completion) for r in trained)
+            batches = micro_batches(trained, args, device)
             sampled = time.perf_counter()
 
             # 5. Log-probabilities under the reference.
@@ -888,23 +797,22 @@ def train(args):
                 sums = dict.fromkeys(PARTS, 0.0)                # over micro-batches and processes
                 for b in batches:
                     # 5. Log-probabilities under the policy; those of the first pass are the old ones.
-                    logp, entropy, _ = policy_logps(b["ids"], b["prompt_lengths"], b["mask"], temperature)
+                    logp, entropy = policy_logps(b["ids"], b["prompt_lengths"], b["mask"], temperature)
                     old = b.setdefault("old", logp.detach())
                     # 6. Loss and its gradient.
                     loss, parts = policy_loss(
                         logp, old, b.get("ref"), b["adv"], b["mask"], loss=args.loss, clip_low=args.clip_low,
                         clip_high=args.clip_high, beta=args.beta, num_tokens=num_tokens,
                         num_seqs=len(rollouts), max_new_tokens=args.max_new_tokens)
-                    if args.fsdp:  # means over processes, all of which must take part
-                        ((loss + 0 * logp.sum()) * WORLD).backward()
-                    elif loss.requires_grad:
-                        loss.backward()
+                    if args.fsdp:  # takes means over processes, all of which must take part
+                        loss = (loss + 0 * logp.sum()) * WORLD
                     gap = ((old - b["sampled_logp"]) * b["mask"]).abs()
                     parts |= {"entropy": entropy.sum(), "logp_gap": gap.sum(), "seen": b["mask"].sum()}
                     for name, value in parts.items():
                         sums[name] += value.detach()
-                    if not loss.requires_grad and not args.fsdp:
+                    if not loss.requires_grad:
                         break  # nor do the rows that follow, without advantage, train any term of the loss
+                    loss.backward()
                 values = np.sum(gather([float(value) for value in sums.values()]), axis=0)
                 sums = dict(zip(PARTS, values.tolist()))
                 seen = max(1.0, sums.pop("seen"))
@@ -921,28 +829,28 @@ def train(args):
             n_sampled = sum(len(r.completion) for r in sum(drawn, []))
             metrics = {
                 "step": step, **means(first, data), **sums, "skipped": skipped, "groups_drawn": len(drawn),
-                "temperature": temperature, "peak_memory_gb": peak_memory_gb(),
+                "temperature": temperature, "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9,
                 "frac_reward_zero_std": fmean(map(is_dead, first)), "lr": args.lr * factor,
                 "frac_reward_zero_std_after": fmean(map(is_dead, groups)), "step_seconds": ended - started,
                 "sample_seconds": sampled - started, "update_seconds": ended - sampled,
                 "sample_tokens_per_s": n_sampled / (sampled - started),
-                "update_tokens_per_s": sum(trained) * args.inner_epochs / (ended - sampled)}
+                "update_tokens_per_s": num_tokens * args.inner_epochs / (ended - sampled)}
             log(args, board, metrics)
             left = tqdm.format_interval((ended - started) * (args.steps - step))
             note("step {step}/{}  reward {reward:.3f}  correct {correct:.3f}  length {completion_length:.0f} "
                  " entropy {entropy:.3f}  {step_seconds:.1f} s  {} left".format(args.steps, left, **metrics))
             if skipped:
                 note(f"warning: the gradient of step {step} is not finite and was not used; lower --lr")
-            if RANK == 0 and (step == 1 or step % 10 == 0 or skipped):
+            if step == 1 or step % 10 == 0 or skipped:
                 append(Path(args.output_dir) / "samples.jsonl", [
                     {"step": step, "task": data[r.index]["task"], "prompt": tokenizer.decode(r.prompt),
                      "completion": r.text, "ended": r.ended, "advantage": r.advantage, **r.parts}
                     for r in sum(first[:2], [])])
-            evaluate()
             if args.save_every and step % args.save_every == 0:
                 save()
+        evaluate()
     except KeyboardInterrupt as stopped:
-        if done["saved"] < done["step"]:
+        if done["step"]:
             save()
         gather(0)                                               # torchrun ends all processes when one leaves
         note(f"stopped after step {done['step']} of {args.steps}: add --resume to the command to continue")
@@ -951,7 +859,6 @@ def train(args):
         save_model(args.output_dir)
         if args.merge:
             save_model(Path(args.output_dir) / "merged", plain)
-
 
 def main(argv=None):
     try:
@@ -962,16 +869,11 @@ def main(argv=None):
         train(args)
         if WORLD > 1:
             dist.destroy_process_group()
-    except rewards.DataError as err:
-        fail(err)
-    except ImportError as err:
-        fail(f"these flags need a package that is not installed: pip install {err.name}")
     except torch.OutOfMemoryError:
         fail("out of GPU memory: lower --micro_batch_size or --sample_batch_size, add --offload_reference, "
              "--activation_checkpointing, --optim paged_adamw8bit or --load_in_4bit, and --resume")
-    except (OSError, SafetensorError) as err:                   # a full disk, most of all
-        fail(f"--output_dir {args.output_dir}: {err}")
-
+    except (rewards.DataError, ImportError, OSError, SafetensorError) as err:   # a full disk, most of all
+        fail(err)
 
 if __name__ == "__main__":
     main()

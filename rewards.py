@@ -36,7 +36,6 @@ WEIGHTS = {"correct": 1.0, "format": 0.3, "length": 0.0, "process": 0.1, "effici
 LENGTH = (500, 800)  # tokens that cost nothing, tokens at which the length part has fallen to -1
 TAGS = {style: re.compile(rf"(</?(?:{style}|answer)>)") for style in STYLES}
 
-
 class DataError(Exception):
     """Data or weights that cannot be used, in one line that says where and why."""
 
@@ -46,12 +45,10 @@ NUMERAL = (r"[1-9][0-9]{0,2}(?:(,|\{,\}| )[0-9]{3}(?:\1[0-9]{3})*)(?![0-9])(?:\.
            r"|[0-9]+(?:\.[0-9]+)?|\.[0-9]+")  # 1,234.5 in true groups of three, 1234.5, .5
 LAST_NUMBER = rf"(?:(?<![\w.)])[-+\u2212])?(?:\\?\$)?(?<![\w.])(?:{NUMERAL})"  # not the 2 of v2
 
-
 def tail(text, style):
     """The part of a completion that may hold its answer; None where the reasoning was never closed."""
     after = text.rpartition(f"</{style}>")[2]
     return None if f"<{style}>" in after else after
-
 
 def last_box(text):
     """What the \\boxed{...} that closes last holds, braces balanced; None where there is none."""
@@ -63,7 +60,6 @@ def last_box(text):
             box, start = opened.pop()
             found = text[start:match.start()] if box else found
     return found
-
 
 def answer(text, style="reasoning", strict=True, labels=None):
     """What a completion offers as its answer, or None. `labels`: a multiple choice's, if not strict."""
@@ -95,11 +91,9 @@ OPERAND = re.compile("[0-9.]+")
 OPERATORS = {ast.Add: (operator.add, 1, True), ast.Sub: (operator.sub, 1, False),  # rank, is a?(b?c) a?b?c
              ast.Mult: (operator.mul, 2, True), ast.Div: (lambda a, b: Fraction(a) / b, 2, False)}
 
-
 def plain_signs(text):
     """`×`, `·`, `\\times`, `\\cdot` as `*`; `÷`, `\\div` as `/`; U+2212 as `-`."""
     return SIGN.sub(lambda match: SIGNS[match[0]], text)
-
 
 @lru_cache(4096)
 def evaluate(text, limit=200):
@@ -116,7 +110,6 @@ def evaluate(text, limit=200):
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
 
-
 def value(node):
     """A parsed expression -> (exact value, length without needless parentheses, how tightly it binds)."""
     if type(node) is ast.Constant:
@@ -131,7 +124,6 @@ def value(node):
     bracketed = (left_rank < rank) + (right_rank < rank or right_rank == rank and not regroups)
     return apply(a, b), left + 1 + right + 2 * bracketed, rank
 
-
 def expression(said, row):
     """(value, efficiency) of a countdown answer that keeps to the rules, whatever its value; else None."""
     if len(said) > 2000:  # before the signs are replaced; what counts is the length after
@@ -142,7 +134,6 @@ def expression(said, row):
         return None
     found = evaluate(body) if sorted(map(int, OPERAND.findall(body))) == sorted(row["nums"]) else None
     return found and (found[0], min(1.0, found[1] / len(said)))
-
 
 def countdown(said, row):
     """One expression that uses each given number exactly once and equals the target.
@@ -172,7 +163,6 @@ CHANGES_VALUE = re.compile(r"""(?ix)\b(?: or|and|not|no|isn|than|plus|minus|nega
 NO_UNIT = re.compile(r"(?i:\b(?:is|to|st|nd|rd|th|pi|bn|mn|mil|am|pm|ad|bc|bce|north|south|east|west)\b)"
                      r"|\b(?![ghlLmsCF]\b|a [^\W\d_]{2})[^\W\d_]\b")
 
-
 def number(text):
     """The exact value of a text that holds exactly one number, or None."""
     if len(text) > 200 or any(char.isnumeric() and not char.isascii() for char in text):
@@ -191,7 +181,6 @@ def number(text):
         return None
     return Fraction(sign[1] + re.sub("[, ]", "", found[0][0]))
 
-
 def gsm8k(said, row):
     """Exactly one number, equal to the gold as an exact decimal: 18 = 18.00 = +18, not -18.
 
@@ -208,24 +197,20 @@ def gsm8k(said, row):
 MARKS = re.compile(r"\\(?:boxed|text(?:bf|rm)?|math(?:bf|rm))\{|\\[()\[\]]|[*${}`]")
 FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)^[ \t]*```", re.S | re.M)
 
-
 def math_gold(row):
     box = last_box(row["solution"]) if type(row.get("solution")) is str else None
     gold = box if row.get("answer") is None else row["answer"]
     right = type(gold) in (str, int) or type(gold) is float and math.isfinite(gold)
     return str(gold).strip() if right else None  # a list can never be right
 
-
 def math_(said, row):
     """Equal to the gold as mathematics: see extras/mathematics.py."""
     from extras import mathematics
     return mathematics.equal(math_gold(row), said)
 
-
 def bare(text):
     """A choice's text without bold, box, backticks, case, final full stop and extra white space."""
     return " ".join(MARKS.sub("", text).casefold().split()).rstrip(". ")
-
 
 def arc(said, row):
     """Exactly one of the row's labels (`B`, `(B)`, `B.`, `B) text`, `B - text`), or one choice's text."""
@@ -238,12 +223,10 @@ def arc(said, row):
         return label[1] == row["answerKey"]
     return [name for name, text in choices.items() if bare(text) == bare(said)] == [row["answerKey"]]
 
-
 def arc_gold(row):
     labels, key = row["choices"]["label"], row["answerKey"]
     fits_once = len(set(labels)) == len(labels) == len(row["choices"]["text"])
     return key if fits_once and key in labels and arc(key, row) else None
-
 
 def code(said, row):
     """The last fenced block of the answer (or of a tail without one), or the bare answer, passes the tests;
@@ -251,7 +234,6 @@ def code(said, row):
     from extras import sandbox
     blocks = FENCED.findall(said[-200_000:]) or [re.sub(r"\A\s*```.*", "", said)]
     return sandbox.passes(blocks[-1], row["test_list"], row.get("test_setup_code") or "")
-
 
 def code_gold(row):
     """The tests, unless they are no Python or say nothing: no program can pass those."""
@@ -272,14 +254,12 @@ MARKUP = re.compile(r"\$|`|\\[()\[\]]|\*\*(?:(?![0-9(])|(?<![0-9)]\*\*))")  # bu
 TIMES = re.compile("(?<=[0-9]) ?[xX] ?(?=[0-9])")
 GROUPS = re.compile("(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 
-
 def format_part(text, style):
     """1.0: one non-empty reasoning block, one non-empty answer block, white space; no tag twice or nested."""
     pieces = TAGS[style].split(text)
     blank = [not piece or piece.isspace() for piece in pieces[::2]]
     in_order = pieces[1::2] == [f"<{style}>", f"</{style}>", "<answer>", "</answer>"]
     return float(in_order and blank == [True, False, True, False, True])
-
 
 def process_part(text, style, nums=None):
     """Share of the distinct equations `3+5=8` of the reasoning that are true; 0 where there is none.
@@ -308,7 +288,6 @@ def process_part(text, style, nums=None):
     counted = [verdict for verdict in verdicts.values() if verdict is not None]
     return sum(counted) / len(counted) if counted else 0.0
 
-
 def equations(text):
     """The neighbouring sides, without spaces, of all equations of a text; `a=b=c` gives two pairs."""
     text = "\n".join([line for line in text.split("\n") if "=" in line])
@@ -321,10 +300,8 @@ def equations(text):
             sides.append(side[surplus:] if surplus > 0 else side[:len(side) + surplus])
         yield from zip(sides, sides[1:])
 
-
 def operands(side):
     return [int(number) if number.isdigit() else Fraction(number) for number in OPERAND.findall(side)]
-
 
 def played(side, result, pools):
     """The numbers at hand after a step, for each of `pools` (lists of numbers) that holds its operands."""
@@ -336,7 +313,6 @@ def played(side, result, pools):
                 rest.remove(number)
             reached.append([*rest, result])
     return reached
-
 
 def idle(one, other):
     """Does a true equation hold whatever its numbers are, 0 and 1 aside? Then it works nothing out: `3+5=5+3`
@@ -350,7 +326,6 @@ def idle(one, other):
     left, right = (evaluate(OPERAND.sub(stand_in, side), 2000) for side in (one, other))
     return left is not None and right is not None and left[0] == right[0]
 
-
 def grade(task, text, row, style, strict):
     """(1.0 if the answer is right, else 0.0; the answer). A program may stand in the tail without tags."""
     said = answer(text, style, strict or task == "code", row["choices"]["label"] if task == "arc" else None)
@@ -359,11 +334,9 @@ def grade(task, text, row, style, strict):
         said = rest if FENCED.search(rest) else None
     return float(bool(said) and bool(TASKS[task]["grade"](said, row))), said
 
-
 def correct(task, text, row, style="reasoning", strict=True):
     """1.0 where the answer is right, else 0.0."""
     return grade(task, text, row, style, strict)[0]
-
 
 def score(task, text, row, style="reasoning", weights=None, n_tokens=None, length=LENGTH, strict=True):
     """Every part by name, and their weighted sum "reward"; what `weights` does not name weighs nothing."""
@@ -381,7 +354,6 @@ def score(task, text, row, style="reasoning", weights=None, n_tokens=None, lengt
     parts["reward"] = round(math.fsum(weight * parts[part] for part, weight in weights.items()), 9)
     return parts
 
-
 def score_batch(tasks, texts, rows, style="reasoning", weights=None, n_tokens=None, **options):
     """score() for many, in their order; code and math, which wait for other processes, on all cores."""
     n_tokens = [None] * len(texts) if n_tokens is None else n_tokens
@@ -392,7 +364,6 @@ def score_batch(tasks, texts, rows, style="reasoning", weights=None, n_tokens=No
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes
     with ThreadPoolExecutor(max(1, min(cores, slow))) as threads:
         return list((threads.map if slow > 1 else map)(one, items))
-
 
 def parse_weights(texts):
     """["correct=1", "format=0.2"] -> {part: weight} of all parts, those not named at 0; else DataError."""
@@ -471,12 +442,10 @@ TASKS = {
     },
 }
 
-
 def messages(task, row, style="reasoning"):
     """The chat prompt: all instructions in the system turn, the problem alone in the user turn."""
     return [{"role": "system", "content": FORM.format(TASKS[task]["instruction"], style)},
             {"role": "user", "content": TASKS[task]["ask"](row)}]
-
 
 def worked_completion(task, row, style="reasoning"):
     """A row's worked answer as the completion that a model is to write; DataError where it has none."""
@@ -525,7 +494,6 @@ def load_rows(source, split):
         raise DataError(f"{path or default}: holds no rows that can be scored")
     return rows
 
-
 def check(row, columns, place):
     """DataError where a column is missing or of another kind."""
     if not isinstance(row, dict):
@@ -538,7 +506,6 @@ def check(row, columns, place):
             given = json.dumps(row[column], default=str)[:60]
             raise DataError(f"{place}: column '{column}' must be {wanted}, not {given}")
 
-
 def fits(value, kind):
     """kind: a type, a list of one kind, or a dict of columns with theirs."""
     if isinstance(kind, list):
@@ -546,7 +513,6 @@ def fits(value, kind):
     if isinstance(kind, dict):
         return isinstance(value, dict) and all(fits(value.get(name), of) for name, of in kind.items())
     return type(value) is kind
-
 
 def read_rows(path, split, config):
     """Yields (place, row) for each row of a file, a folder or a hub id; place is its file and line."""
@@ -575,7 +541,6 @@ def read_rows(path, split, config):
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"{here}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
-
 def jsonl_rows(file):
     with open(file, "rb") as lines:
         for i, line in ((i, line) for i, line in enumerate(lines, 1) if line.strip()):
@@ -588,7 +553,6 @@ def jsonl_rows(file):
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{place}: cannot be read ({error})") from None
             yield place, row
-
 
 def hub_rows(path, split, config):
     try:

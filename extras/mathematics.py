@@ -69,7 +69,6 @@ UNCLEAR = re.compile("|".join((
     r"(?<![0-9a-z)])!|\^[^{ \n]*!|\}!|!!|[0-9]{4}!|\)!\)?!|[0-9]\)!|\\binom\{?[0-9]{4}",  # factorials
     r"(?:[({][^)}\n]*){9}|\|.*\|.*\||\^[({]*-?[0-9]*\^|\^[{(-]*[0-9]{5}|(?:[)}]\^\{?[0-9]{2}.*){2}")), re.M)
 
-
 def tidy(text):
     """One spelling for what is written in many ways. What goes leaves a space: `$7$ $2$` is not 72."""
     text = text.translate(SIGNS).strip()
@@ -79,13 +78,11 @@ def tidy(text):
         text = text.replace(r"\pm", "+") + "," + text.replace(r"\pm", "-")
     return text
 
-
 def spelled(text):
     r"""What is compared where math-verify is not asked: `\text{Yes}` is `yes`, `(C)` is `C`."""
     text = re.sub(" +", " ", re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text))
     text = re.sub(r"(?<!\\)\b(?:[A-Z](?=[a-z]{2})|N(?=o\b))", lambda match: match[0].lower(), text)
     return re.sub(r"^\(([A-Z])\)$", r"\1", re.sub(r"(?<![^\W_]) | (?![^\W_])", "", text))
-
 
 def without_unit(text):
     r"""A tidy value -> (the value without its unit, its unit or ""): `12\text{cm}^2` -> (`12`, `cm2`)."""
@@ -101,7 +98,6 @@ def without_unit(text):
             return text[:match.start()].replace(match[0] + ",", ","), unit + power
     return text, ""
 
-
 def equal(gold, said):
     """True where `said` is equal to `gold`. Each side of a chain such as `3*6=18` must be the gold."""
     gold, said = ("", "") if len(said) > 2 * len(gold) + LONGEST else (tidy(gold), tidy(said))
@@ -113,14 +109,12 @@ def equal(gold, said):
         return "=" in said and asked(gold, said)
     return all(alike(*without_unit(value), *without_unit(side)) for side in rest.split("="))
 
-
 def alike(value, unit, side, side_unit):
     """Whether the values are equal, and the units where both have one: 50% is 0.5 and not 50."""
     if "%" in (unit, side_unit) and "" in (unit, side_unit):
         percent, number = (value, side) if unit else (side, value)
         return asked(percent, rf"100\cdot({number})")
     return (unit == side_unit or "" in (unit, side_unit)) and asked(value, side)
-
 
 def exact(text):
     """Decimals as fractions, mixed numbers as sums, `2(3)` as a product."""
@@ -132,7 +126,6 @@ def exact(text):
     text = re.sub(r"(?:(?<=matrix\})|(?<![0-9.}]))" + decimal, fraction, text)
     text = re.sub(r"(?<![\^_\d}])(\d+)(\\frac\{\d+\}\{\d+\}| \d+/\d+(?!\d))", r"(\1+\2)", text)
     return re.sub(r"(?<=[0-9)])(?=\(|\\binom)|(?<=\))(?=[0-9])", r"\\cdot ", text).replace(",", ", ")
-
 
 @lru_cache(4096)
 def asked(gold, said):
@@ -162,7 +155,6 @@ def asked(gold, said):
     worker.communicate()
     return False
 
-
 def work():
     """A worker: answers 1 or 0 to each pair, until its input ends with the process that asks."""
     import math_verify  # noqa: F401
@@ -176,7 +168,6 @@ def work():
         except Exception:  # no mathematics, or of a kind that the library cannot do
             right = False
         os.write(1, b"1" if right else b"0")
-
 
 def compared(gold, said):
     """What math-verify says of two expressions, matrices, relations, or sets (one may be a relation)."""
@@ -194,7 +185,6 @@ def compared(gold, said):
             return False
     return all(isinstance(a, kind) == isinstance(b, kind) for kind in (Expr, FiniteSet, Tuple)) and verify(
         a, b, numeric_precision=100, allow_set_relation_comp=True, timeout_seconds=None)
-
 
 if __name__ == "__main__":
     work()

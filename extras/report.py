@@ -37,7 +37,6 @@ NO_PART = {"row", "sample", "step", "n_tokens", "truncated", "ended", "correct_f
 SAMPLE = ["task", "prompt", "completion", "reward", "correct", "format"]    # what is read of a completion
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
-
 def fail(message):
     """Print one line on stderr and exit with code 2: what a wrong flag, file or model gets."""
     print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
@@ -59,7 +58,6 @@ def read_lines(path, needs=()):
                 fail(f"{path}, line {number}: not an object with {', '.join(needs)}")
             yield found
 
-
 def read_metrics(run):
     """The lines of a run's metrics.jsonl. The loss of a policy gradient is left out, as it says nothing."""
     path = Path(run, "metrics.jsonl")
@@ -71,13 +69,11 @@ def read_metrics(run):
             line.pop("loss", None)
     return metrics
 
-
 def read_samples(runs):
     """The completions that the runs of grpo.py have logged, each with its run."""
     files = {run: Path(run, "samples.jsonl") for run in runs}
     return [{"run": run, **record} for run, path in files.items() if path.is_file()
             for record in read_lines(path, [*SAMPLE, "step"])]
-
 
 def read_results(path):
     """-> what eval.py --output wrote, its completions"""
@@ -103,14 +99,12 @@ BEHAVIOURS = {  # after Gandhi et al. (2025): a completion shows one if its reas
 OPERATORS = "-+*/×·÷−"
 EQUATION = re.compile(r"([\d(][\d ()+*/×·÷−-]{2,80})= *(\d+)")
 
-
 def behaviours(record):
     """{behaviour: how often} of a completion. It goes by words and arithmetic, not by meaning."""
     ends = [match.start() for match in re.finditer("</(?:reasoning|think)>", record["completion"])]
     reasoning = record["completion"][:ends[-1] if ends else None]
     found = {name: bool(re.search(rule, reasoning, re.I | re.M)) for name, rule in BEHAVIOURS.items()}
     return found | (tries(reasoning, record["prompt"], bool(ends)) if record["task"] == "countdown" else {})
-
 
 def tries(reasoning, prompt, closed=True):
     """Countdown: a try is a line whose equations have as many operators as using all numbers takes. A result
@@ -130,7 +124,6 @@ def tries(reasoning, prompt, closed=True):
             seen.append(re.sub(r"[^\d()=×·÷−*/+-]", "", line))
     return {"tries": len(seen), "hits": hits, "repeated": len(seen) - len(set(seen)),
             "stops after a miss": closed and not hit}
-
 
 def behaviour_tables(records):
     """-> tables, one per task, lists of lines {column: text}: the mean of each behaviour per model."""
@@ -155,13 +148,11 @@ def series(metrics, key):
     points = [point for point in points if math.isfinite(point[1])]
     return [step for step, _ in points], [value for _, value in points]
 
-
 def smooth(values):
     """The running mean: of each value and its neighbours, 2 % of the run on either side."""
     n, half, total = len(values), len(values) // 50, [0, *accumulate(values)]
     bounds = [(max(0, i - half), min(n, i + half + 1)) for i in range(n)]
     return [(total[end] - total[start]) / (end - start) for start, end in bounds]
-
 
 def panels(runs):
     """The metrics of these runs to draw: all numeric ones that are not the same throughout."""
@@ -173,7 +164,6 @@ def panels(runs):
                 found.setdefault(name, []).extend(series(metrics, key)[1])
     used = [name for name, values in found.items() if len(set(values)) > 1 or values and name in FIRST]
     return sorted(used, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
-
 
 def draw(runs):
     """-> a matplotlib figure with a panel per metric"""
@@ -226,7 +216,6 @@ def signs(r):
     }
     return [sign for sign, shown in found.items() if shown]
 
-
 def suspects(records, n=4):
     """[(record, its signs)]: completions with a reward and a sign, each text once, n wrong and n right; those
     with the most signs first, then those with the highest reward."""
@@ -235,7 +224,6 @@ def suspects(records, n=4):
     odd.sort(key=lambda pair: (-len(pair[1]), -pair[0]["reward"]))
     wrong = [pair for pair in odd if not pair[0]["correct"]]
     return wrong[:n] + [pair for pair in odd if pair[0]["correct"]][:n]
-
 
 def pairs(records):
     """[(heading, before, after)]: problems of the first and the last model, the most changed first."""
@@ -300,7 +288,6 @@ pre { margin: .5rem .9rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere;
 .chip { margin: .1rem .25rem .1rem 0 } .good { background: #d6efe2 } .bad { background: #f9dcd0 }
 """
 
-
 def html_table(lines, results=()):
     """A table of `tables`. The main one comes with its results: a bar shows the accuracy and its interval."""
     head, out = list(max(lines, key=len)), []
@@ -318,7 +305,6 @@ def html_table(lines, results=()):
         out.append(f"<tr>{''.join(cells)}</tr>")
     return f"<div class=scroll><table>{''.join(out)}</table></div>"
 
-
 def one(record):
     """A completion with its parts: those that are not 0, and always the three of SAMPLE."""
     chips = []
@@ -332,12 +318,10 @@ def one(record):
     where = record["model"] if "model" in record else f"{record['run']}, step {record['step']}"
     return f"<div><div class=who>{html.escape(where)} &nbsp; {''.join(chips)}</div><pre>{text}</pre></div>"
 
-
 def card(prompt, *completions, notes=()):
     marks = [f'<span class="chip {"good" if note == "learned" else "bad"}">{note}</span>' for note in notes]
     return (f"<div class=card><div class=ask>{''.join(marks)}<div>{html.escape(prompt)}</div></div>"
             f'<div class=two>{"".join(map(one, completions))}</div></div>')
-
 
 def page(runs, path=None):
     """The page as HTML, in the order of the list at the top. path: of the evaluation, if it shows one."""
@@ -371,7 +355,6 @@ def page(runs, path=None):
             out += [card(record["prompt"], record) for record in logged if record["step"] == step][:3]
     return "\n".join(out)
 
-
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="report.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -394,7 +377,6 @@ def main(argv=None):
     except (OSError, ValueError) as err:                        # ValueError: an unknown format of pictures
         fail(f"--output {output}: cannot be written ({err})")
     print(output)
-
 
 if __name__ == "__main__":
     main()

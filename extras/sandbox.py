@@ -40,7 +40,6 @@ REMOTE = "\0remote"  # begins the tuple that stands for what has no literal of i
 # The judge imports this file, so that it is not compiled each time, and some modules only where needed.
 JUDGE = "import sys; sys.path.insert(0, sys.argv.pop()); import sandbox; del sys.path[0]; sandbox.judge()"
 
-
 def passes(program, tests, setup="", namespaces=True, seconds=(CPU_SECONDS, WALL_SECONDS)):
     """True where a program passes every test, within (processor, clock) seconds.
 
@@ -79,11 +78,9 @@ def passes(program, tests, setup="", namespaces=True, seconds=(CPU_SECONDS, WALL
             remove = ["sh", "-c", 'chmod -R u+rwX "$0"; rm -rf "$0"', folder]
             subprocess.run(remove, stderr=subprocess.DEVNULL)
 
-
 def send(stream, value):
     stream.write(ascii(value).encode() + b"\n")
     stream.flush()
-
 
 def receive(stream, limit=-1):
     line = stream.readline(limit)
@@ -136,7 +133,6 @@ def judge():
         os.waitpid(first, 0)
         os._exit(0)
 
-
 class Names(dict):
     """The names that tests can use: their own, builtins, standard modules; any other is the program's.
 
@@ -165,11 +161,9 @@ class Names(dict):
             return Remote(f"(lambda: {name})()", self.ask)
         return value
 
-
 def asks(function):
     """A method that has the program's process call a function on the object and the method's arguments."""
     return lambda self, *args: self._ask(function, (self, *args))
-
 
 class Remote:
     """Something of the program's: where it is used in a test, the program's process is asked."""
@@ -193,11 +187,9 @@ class Remote:
     __repr__ = asks("repr")
     __str__ = asks("str")
 
-
 class RemoteCallable(Remote):
     def __call__(self, *args, **kwargs):
         return self._ask(self, args, kwargs)
-
 
 def ask(streams, function, args, kwargs=None):
     """Has the program's process call a function. Lists, dicts and sets in args change as they do there."""
@@ -299,7 +291,6 @@ def enter_namespaces(libc):
                 settings.write(text)
     return True
 
-
 def isolate(libc, folder, apart, cpu_seconds):
     """Leaves to this process and its children only Python, scratch space and the processor."""
     import resource
@@ -326,7 +317,6 @@ def isolate(libc, folder, apart, cpu_seconds):
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     if not deny_calls(libc, apart) and not apart:
         os._exit(1)
-
 
 def new_root(libc, folder):
     """A root folder of Python and the system's libraries, read-only, and of scratch space."""
@@ -355,7 +345,6 @@ def new_root(libc, folder):
     os.chroot(folder)
     os.chdir("/scratch")
 
-
 def landlock(libc, folder):
     """Closes all files but Python's and the system's, to read, and this folder; as far as the kernel can."""
     version = libc.syscall(444, None, 0, 1)  # landlock_create_ruleset; 445: add_rule, 446: restrict_self
@@ -370,7 +359,6 @@ def landlock(libc, folder):
             libc.syscall(445, rules, 1, rights.to_bytes(8, "little") + fd.to_bytes(4, "little"), 0)
     libc.prctl(38, 1, 0, 0, 0)
     libc.syscall(446, rules, 0)
-
 
 def deny_calls(libc, apart):
     """A seccomp filter: the calls below fail with EPERM. False where there is no such filter."""
@@ -393,7 +381,6 @@ def deny_calls(libc, apart):
     packed = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in [*code, allow]))
     steps = struct.pack("HP", len(code) + 1, ctypes.addressof(packed))
     return libc.prctl(22, 2, steps, 0, 0) == 0  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
-
 
 def world_readable(path):
     needed = 1 if os.path.isdir(path) else 4  # to pass through a folder, to read a file

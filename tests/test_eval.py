@@ -33,16 +33,16 @@ def save_tokenizer(folder, chat_template=TEMPLATE):
     return fast
 
 
-def toy_model(seed=0, context=4096):
+def toy_model(seed=0):
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=context, initializer_range=0.5, eos_token_id=0,
+        num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.5, eos_token_id=0,
         bos_token_id=None, pad_token_id=None)).eval()
 
 
-def save(folder, seed=0, context=4096, chat_template=TEMPLATE):
-    toy_model(seed, context).save_pretrained(folder)
+def save(folder, seed=0, chat_template=TEMPLATE):
+    toy_model(seed).save_pretrained(folder)
     save_tokenizer(folder, chat_template)
 
 
@@ -91,7 +91,7 @@ def evaluate(folder, out, *flags, model=("a",), data=None):
 
 def speak(monkeypatch, folder, reply):
     """The sampler replaced by reply(prompt text, sample) -> completion: known figures through the whole script."""
-    tokenizer = ev.load_tokenizer(str(folder / "a"))[0]
+    tokenizer = ev.load_tokenizer(str(folder / "a"))
 
     def complete(lm, prompts, ends, args, noise=None, forbidden=()):
         asked = [(tokenizer.decode(prompt), sample) for prompt in prompts for sample in range(args.samples)]
@@ -503,7 +503,6 @@ def test_wrong_input_gets_one_line_and_exit_code_2_before_any_model_loads(
      "--output": [tmp_path / "e.json"]}
     (tmp_path / "empty").mkdir()
     (tmp_path / "d.json").mkdir()
-    save(tmp_path / "short", context=64)
     save(tmp_path / "untemplated", chat_template=None)
     save(tmp_path / "refusing", chat_template="{{ raise_exception('no system turn here') }}")
     save(tmp_path / "broken", chat_template="{% for m in %}")
@@ -519,8 +518,7 @@ def test_wrong_input_gets_one_line_and_exit_code_2_before_any_model_loads(
              ({"--batch_size": [0]}, "--batch_size: 0: must be"), ({"--limit": [-1]},
               "--limit: -1: must be"), ({"--seed": [-1]}, "--seed: -1: must be"),
              ({"--model": []}, "--model"), ({"--model": [tmp_path / "empty"]}, "empty"),
-             ({"--model": [tmp_path / "short"]},
-              "reads 64"), ({"--model": [tmp_path / "untemplated"]}, "chat template"),
+             ({"--model": [tmp_path / "untemplated"]}, "chat template"),
              ({"--model": [tmp_path / "refusing"]},
               "no system turn"), ({"--model": [tmp_path / "broken"]}, "chat template"),
              ({"--data": [f"countdown={tmp_path}/nowhere.jsonl"]},

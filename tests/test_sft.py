@@ -9,13 +9,14 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo  # noqa: F401 (FSDP imports it: here once for all forks)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 import rewards
 import sft
@@ -137,17 +138,16 @@ def test_the_tiny_model_and_tokenizer_load_like_any_checkpoint(tiny, tmp_path):
 def test_only_the_worked_completion_and_its_end_token_are_trained(tmp_path, style):
     tok = toys.tokenizer()                                      # its pad token is its end token
     rows = read(tok, ROWS[:4], tmp_path, "--style", style)
-    (ids, starts, masks), = sft.make_batches(rows, 4)
+    (inputs, targets), = sft.make_batches(rows, 4)
     longest_first = sorted(range(4), key=lambda i: -len(rows[i][0]))
-    assert starts.tolist() == [rows[i][1] for i in longest_first]
-    for i, line, start, mask in zip(longest_first, ids, starts, masks):
+    for i, line, target in zip(longest_first, inputs, targets):
         chat = rewards.messages("countdown", ROWS[i], style)
         prompt = tok.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
         text = rewards.worked_completion("countdown", ROWS[i], style)
         want = tok(text, add_special_tokens=False)["input_ids"] + [tok.eos_token_id]
-        assert rows[i][0].tolist() == prompt + want
-        assert line[:start].tolist() == prompt and mask.sum() == len(want)
-        assert line[start:start + len(mask)][mask[:len(line) - start].bool()].tolist() == want
+        ids, padding = prompt + want, len(line) - len(prompt) - len(want) + 1
+        assert line.tolist() == ids[:-1] + [0] * padding
+        assert target.tolist() == [-100] * (len(prompt) - 1) + want + [-100] * padding
 
 
 def test_the_end_token_is_the_chat_templates_even_where_the_eos_is_another():
@@ -160,18 +160,25 @@ def test_the_end_token_is_the_chat_templates_even_where_the_eos_is_another():
 
 def test_rows_beyond_the_limit_are_left_out_whole_and_counted(toy, tmp_path, capfd):
     tok = toys.tokenizer()
-    lengths = [len(ids) for ids, _ in read(tok, ROWS, tmp_path)]
+    lengths = [len(inputs) + 1 for inputs, _ in read(tok, ROWS, tmp_path)]
     limit = sorted(lengths)[10]
     kept = read(tok, ROWS, tmp_path, "--max_length", limit)
-    assert [len(ids) for ids, _ in kept] == [n for n in lengths if n <= limit]
+    assert [len(inputs) + 1 for inputs, _ in kept] == [n for n in lengths if n <= limit]
     assert f"{len(ROWS) - len(kept)} of {len(ROWS)} rows" in capfd.readouterr().err
 
 
-def test_every_row_comes_once_an_epoch_in_an_order_of_the_seed():
-    first, second, other = (sft.draw_order(50, seed, start, 50) for seed, start in [(1, 0), (1, 50), (2, 0)])
-    assert sorted(first) == sorted(second) == list(range(50))
-    assert len({*map(tuple, (first, second, other))}) == 3
-    assert sft.draw_order(50, 1, 30, 40) == first[30:] + second[:20]
+def test_every_row_comes_once_an_epoch_in_an_order_of_the_seed(toy, tmp_path, monkeypatch):
+    drawn, data, read_rows, make_batches = {}, [], sft.read_rows, sft.make_batches
+    monkeypatch.setattr(sft, "read_rows", lambda *args: data.append(read_rows(*args)) or data[-1])
+    for seed in (1, 2):
+        def spy(rows, size):
+            drawn.setdefault(seed, []).extend(next(i for i, row in enumerate(data[-1]) if row is x) for x in rows)
+            return make_batches(rows, size)
+        monkeypatch.setattr(sft, "make_batches", spy)
+        sft.main(flags(toy, tmp_path / str(seed), "--seed", seed, steps=11))    # of 4 rows: 2 epochs and 4 rows
+    epochs = [drawn[1][:20], drawn[1][20:40], drawn[2][:20], drawn[2][20:40]]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs) and len({*map(tuple, epochs)}) == 4
+    assert len(drawn[1]) == 44
 
 
 def test_a_task_of_the_users_own_trains_by_its_row_of_the_table_alone(toy, tmp_path, monkeypatch):
@@ -191,18 +198,17 @@ def reference(folder, rows):
     """Sums over the completions' tokens by transformers' own loss: cross-entropy, hits, tokens."""
     lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     loss, hits, tokens = 0, 0, 0
-    for ids, start in rows:
-        labels = ids.clone()
-        labels[:start] = -100
-        out, n = lm(ids[None], labels=labels[None]), len(ids) - start
+    for inputs, targets in rows:
+        ids, labels = torch.cat([inputs, targets[-1:]]), torch.cat([torch.tensor([-100]), targets])
+        out, n = lm(ids[None], labels=labels[None]), int((targets >= 0).sum())
         loss, tokens = loss + out.loss * n, tokens + n
-        hits += int((out.logits[0, start - 1:-1].argmax(-1) == ids[start:]).sum())
+        hits += int((out.logits[0, :-1].argmax(-1) == targets).sum())
     return lm, loss, hits, tokens
 
 
 def test_loss_accuracy_and_gradient_are_those_of_transformers_with_prompts_at_minus_100(toy, tmp_path):
     rows = read(toys.tokenizer(), ROWS, tmp_path)
-    batch = [rows[i] for i in sft.draw_order(len(rows), 0, 0, 7)]
+    batch = [rows[i] for i in np.random.default_rng([0, 0]).permutation(len(rows))[:7]]     # seed, epoch
     lm, loss, hits, tokens = reference(toy / "model", batch)
     (loss / tokens).backward()
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in lm.parameters()))
@@ -210,7 +216,7 @@ def test_loss_accuracy_and_gradient_are_those_of_transformers_with_prompts_at_mi
     line, = metrics(tmp_path / "run")
     assert line["loss"] == pytest.approx(float(loss) / tokens, rel=1e-5)
     assert line["token_accuracy"] == hits / tokens and line["grad_norm"] == pytest.approx(norm, rel=1e-4)
-    assert line["tokens"] == sum(len(ids) for ids, _ in batch)
+    assert line["tokens"] == sum(len(inputs) + 1 for inputs, _ in batch)
     assert {"step", "lr", "skipped", "tokens_per_s", "step_seconds", "peak_memory_gb"} <= line.keys()
 
 
@@ -296,14 +302,13 @@ def test_activation_checkpointing_changes_nothing(toy, tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_training_goes_on(toy, tmp_path, monkeypatch):
-    real, calls = sft.completion_logps, []
+    real, calls = torch.nn.functional.cross_entropy, []
 
-    def broken(*inputs):
+    def broken(*args, **kwargs):
         calls.append(1)
-        logp, *others = real(*inputs)
-        return logp * (math.nan if len(calls) == 2 else 1), *others
+        return real(*args, **kwargs) * (math.nan if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(sft, "completion_logps", broken)
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", broken)
     sft.main(flags(toy, tmp_path, "--save_every", 1, steps=2))  # two micro-batches a step
     first, second = metrics(tmp_path)
     assert first["skipped"] == 1 and first["loss"] is None and second["skipped"] == 0 and second["loss"] > 0
@@ -409,7 +414,7 @@ def test_a_run_killed_within_a_save_ends_bitwise_equal(toy, tmp_path, where):
         elif where == "before the rename":
             Path.rename = die
         else:
-            sft.shutil = type("shutil", (), {"rmtree": lambda path, **_: path.name[-1] == "1" and die()})
+            sft.shutil.rmtree = lambda path, **_: str(path).endswith("checkpoint-1") and Path(path).exists() and die()
 
     save = torch.save
     assert toys.exit_code(fork(argv("cut"), before=trap)) == -signal.SIGKILL
@@ -434,14 +439,14 @@ def test_a_stopped_run_saves_and_says_how_to_resume(toy, tmp_path, number, capfd
 @pytest.mark.parametrize("who", [0, 1])
 def test_processes_stop_together_when_one_is_told_to(toy, tmp_path, who):
     def told(rank):
-        real, calls = sft.completion_logps, []
+        real, calls = sft.make_batches, []
 
-        def second(*inputs):
+        def third(*inputs):
             calls.append(1)
             if rank == who and len(calls) == 3:                 # a call a step: the third is left undone
                 signal.raise_signal(signal.SIGTERM)
             return real(*inputs)
-        sft.completion_logps = second
+        sft.make_batches = third
 
     argv = flags(toy, tmp_path / "cut", "--save_every", 0)
     assert together(2, argv, told) == [128 + signal.SIGTERM] * 2
@@ -467,8 +472,7 @@ def test_a_flag_file_makes_a_tiny_model_that_learns_and_generates(toy, tmp_path)
 
 
 @pytest.mark.parametrize("more, words", [
-    (["--steps", 0], "must be at least 1"), (["--lr", "nan"], "--lr"), (["--max_length", 600], "512 tokens"),
-    (["--max_length", 20], "every row is longer"), (["--load_in_4bit"], "--lora_rank"),
+    (["--steps", 0], "must be at least 1"), (["--lr", "nan"], "--lr"), (["--max_length", 20], "every row is longer"), (["--load_in_4bit"], "--lora_rank"),
     (["--fsdp"], "torchrun"), (["--lora_rank", 2, "--model", "tiny"], "tiny"),
     (["--style", "x"], "invalid choice"),
     (["--nonsense"], "unrecognized"), (["@nowhere.txt"], "nowhere.txt"),
@@ -494,13 +498,13 @@ def test_a_command_that_cannot_work_gets_one_line(toy, tmp_path, monkeypatch, ca
 
 
 def test_out_of_gpu_memory_is_one_line_of_advice_that_resume_allows(toy, tmp_path, monkeypatch, capfd):
-    def no_memory(lm, ids, *inputs):
-        if len(ids) > 1:
+    def no_memory(lm, input_ids, **inputs):
+        if len(input_ids) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(lm, ids, *inputs)
+        return real(lm, input_ids, **inputs)
 
-    real = sft.completion_logps
-    monkeypatch.setattr(sft, "completion_logps", no_memory)
+    real = LlamaForCausalLM.forward
+    monkeypatch.setattr(LlamaForCausalLM, "forward", no_memory)
     assert "lower --micro_batch_size" in refusal(flags(toy, tmp_path), capfd)
     sft.main(flags(toy, tmp_path, "--resume", "--micro_batch_size", 1))
     assert steps_of(tmp_path) == [1, 2, 3, 4]

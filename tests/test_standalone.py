@@ -15,7 +15,7 @@ import toys
 
 ROOT = Path(__file__).resolve().parent.parent
 CEILINGS = {  # file -> lines, syntax nodes
-    "grpo.py": (980, 9_900), "rewards.py": (600, 5_600), "sft.py": (660, 6_000), "countdown.py": (400, 4_800),
+    "grpo.py": (880, 9_800), "rewards.py": (600, 5_600), "sft.py": (500, 5_500), "countdown.py": (400, 4_800),
     "eval.py": (400, 4_800), "extras/report.py": (400, 4_800), "extras/sandbox.py": (400, 4_800),
     "extras/mathematics.py": (200, 2_400)}
 TREES = {name: ast.parse((ROOT / name).read_text()) for name in CEILINGS}

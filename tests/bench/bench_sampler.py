@@ -41,7 +41,7 @@ device, dtype = shapes.use(a.threads)
 torch.manual_seed(0)
 if a.model:
     model, rng = grpo.load_lm(a.model, device, dtype), random.Random(0)
-    tokenizer = grpo.load_tokenizer(a.model)[0]
+    tokenizer = grpo.load_tokenizer(a.model)
     rows = [{"nums": rng.choices(range(1, 13), k=3), "target": rng.randint(1, 40)} for _ in range(a.prompts)]
     prompts = grpo.prompt_ids(tokenizer, [rewards.messages("countdown", row) for row in rows])
     ends = [tokenizer.eos_token_id]
@@ -64,11 +64,9 @@ def theirs(seed):
     torch.manual_seed(seed)
     ids = torch.tensor([[0] * (width - len(x)) + x for x in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts], device=device)
-    model.set_attn_implementation("sdpa")
     out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
                          top_p=1.0, repetition_penalty=1.0, eos_token_id=ends or None, pad_token_id=0,
                          num_return_sequences=a.group_size, max_new_tokens=a.max_new_tokens)[:, width:]
-    model.set_attn_implementation("grpo")
     ended = torch.isin(out, torch.tensor(ends, dtype=torch.long, device=device))
     return torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1]).tolist()
 

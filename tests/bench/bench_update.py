@@ -71,9 +71,9 @@ def run_grpo(*flags):
 
 
 def run_sft(*flags):
-    rows = [(torch.tensor(draw(prompt + n)), prompt) for n in lengths]
+    rows = [(torch.tensor(draw(prompt + n)), torch.tensor([-100] * prompt + draw(n))) for n in lengths]
     sft.read_rows = lambda sources, *_: rows if sources else []
-    sft.log = log
+    sft.append = log
     sft.main([*flags, "--batch_size", str(a.rows), *more])
 
 
