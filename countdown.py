@@ -16,8 +16,9 @@ The solver (steps 1 to 3: `solve`, `solutions`) is exact, with fractions; steps 
  8. The teacher writes lines of running results, each with its verdict, until one hits:
         5+3=8 8*2=16 no
         5*2=10 10+3=13 ok
-    With probability --aim a line is drawn among those that hit, else at random. After a miss it stops with
-    probability --give_up, or at --max_lines, and answers with its last line. RL has persistence to teach.
+    No two lines begin with the same equation. With probability --aim a line is drawn among those that hit,
+    else at random. After a miss it stops with probability --give_up, or at --max_lines, and answers with its
+    last line. RL has aim and persistence to teach.
 
 Rows have nums, target, solution, difficulty, trace, trace_answer; sft.jsonl has --traces rows per
 problem, each with its numbers in an order of its own.
@@ -72,6 +73,7 @@ def parse_args(argv=None):
     add("--max_target", type=int, default=99, help="targets are 1 to this")
     add("--min_search", type=float, default=2, help="leave out problems with fewer expressions per hit")
     add("--max_search", type=float, default=10_000, help="and those with more; to 10 is easy, to 30 medium")
+    add("--exclude", metavar="FOLDER", help="leave out the multisets of its val.jsonl and test.jsonl")
     add = parser.add_argument_group("teacher").add_argument
     add("--max_lines", type=int, default=5, help="maximum number of lines in a trace")
     add("--give_up", type=float, default=0.3, help="probability that the teacher stops after a miss")
@@ -246,8 +248,18 @@ def multisets(k, high, rng):
     rng.shuffle(rest)
     yield from rest
 
-def draw(k, wanted, args, rng, bar):
-    """Steps 4 to 7 for k numbers: {split: up to wanted[split] problems}."""
+def held_out(folder):
+    """The multisets of the folder's val.jsonl and test.jsonl."""
+    files = [path for path in (Path(folder, "val.jsonl"), Path(folder, "test.jsonl")) if path.is_file()]
+    if not files:
+        fail(f"--exclude {folder}: no val.jsonl or test.jsonl there")
+    try:
+        return {tuple(sorted(json.loads(line)["nums"])) for path in files for line in open(path)}
+    except (ValueError, TypeError, KeyError) as err:
+        fail(f"--exclude {folder}: not files that countdown.py wrote ({err!r})")
+
+def draw(k, wanted, args, excluded, rng, bar):
+    """Steps 4 to 7 for k numbers: {split: up to wanted[split] problems}, none with an excluded multiset."""
     made = {split: [] for split in wanted}      # problems
     used = {split: {} for split in wanted}      # multiset -> its targets so far
     room = dict.fromkeys(wanted, 0)             # how many problems the multisets allow in all
@@ -273,6 +285,8 @@ def draw(k, wanted, args, rng, bar):
         return len(searches)
 
     for drawn, nums in enumerate(multisets(k, args.max_number, rng)):
+        if nums in excluded:
+            continue
         short = [split for split in wanted if len(made[split]) < wanted[split]]
         if not short or drawn > 1_000 * (1 + sum(room.values())):     # hardly any fit
             break
@@ -311,18 +325,19 @@ def play(nums, rand, max_value):
     return " ".join(steps), value, hand[0][1]
 
 def teach(nums, target, rand, args):
-    """Step 8: the trace and its answer, the last line's expression, right or wrong. No line comes twice."""
-    lines, max_value = {}, max(args.max_value, *nums)       # lines: line -> its verdict, in the order of play
-    for _ in range(50 * args.max_lines):                    # a bound, as few numbers give few different lines
+    """Step 8: the trace and its answer, the last line's expression, right or wrong."""
+    lines, max_value = {}, max(args.max_value, *nums)       # lines: first equation -> line, in order of play
+    for _ in range(50 * args.max_lines):                    # a bound, as few numbers have few first equations
         for _ in range(200 if args.aim and rand() < args.aim else 1):   # 200 nearly always hit
             line, value, expression = play(nums, rand, max_value)
             if value == target:
                 break
-        if line not in lines:
-            lines[line], said = "ok" if value == target else "no", expression
+        first = line.split()[0]
+        if first not in lines:
+            lines[first], said = f"{line} {'ok' if value == target else 'no'}", expression
             if value == target or len(lines) == args.max_lines or rand() < args.give_up:
                 break
-    return {"trace": "\n".join(f"{line} {verdict}" for line, verdict in lines.items()), "trace_answer": said}
+    return {"trace": "\n".join(lines.values()), "trace_answer": said}
 
 
 # ---- Files.
@@ -347,12 +362,13 @@ def save(folder, files):
 def main(argv=None):
     args = parse_args(argv)
     rng, folder, kinds = random.Random(args.seed), Path(args.out), sorted(set(args.numbers))
+    excluded = held_out(args.exclude) if args.exclude else ()
     wanted = {"test": args.test, "val": args.val, "train": args.train}
     files = {split: [] for split, n in wanted.items() if n}
     with tqdm(total=sum(wanted.values()), desc="problems", unit="", delay=2, disable=None) as bar:
         for left, k in zip(range(len(kinds), 0, -1), kinds):  # the next ones fill the gaps of a small space
             share = {split: ceil((wanted[split] - len(rows)) / left) for split, rows in files.items()}
-            for split, rows in draw(k, share, args, rng, bar).items():
+            for split, rows in draw(k, share, args, excluded, rng, bar).items():
                 files[split] += rows
     for split, rows in files.items():
         if len(rows) < wanted[split]:

@@ -300,8 +300,9 @@ def equations(text):
             sides.append(side[surplus:] if surplus > 0 else side[:len(side) + surplus])
         yield from zip(sides, sides[1:])
 
+@lru_cache(4096)
 def operands(side):
-    return [int(number) if number.isdigit() else Fraction(number) for number in OPERAND.findall(side)]
+    return tuple([int(number) if number.isdigit() else Fraction(number) for number in OPERAND.findall(side)])
 
 def played(side, result, pools):
     """The numbers at hand after a step, for each of `pools` (lists of numbers) that holds its operands."""
@@ -314,6 +315,7 @@ def played(side, result, pools):
             reached.append([*rest, result])
     return reached
 
+@lru_cache(4096)
 def idle(one, other):
     """Does a true equation hold whatever its numbers are, 0 and 1 aside? Then it works nothing out: `3+5=5+3`
     and, with an operand as result, `0+3=3`, `1*1=1`, `8+2-2=8`. But `5-5=0` does."""

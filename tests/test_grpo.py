@@ -1749,7 +1749,7 @@ def test_a_package_that_is_asked_for_and_not_there_gets_one_line(
         toy, tmp_path, monkeypatch, capfd, module, more):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)  # another test may load it
-    assert f"No module named '{module}'" in refusal(flags(toy, tmp_path, more), capfd)
+    assert module in refusal(flags(toy, tmp_path, more), capfd)
 
 
 if __name__ == "__main__":                                          # python tests/test_grpo.py --write
