@@ -15,10 +15,11 @@ The solver (steps 1 to 3: `solve`, `solutions`) is exact, with fractions; steps 
  7. Pick a target uniformly. Once no fresh multiset is left, each gives further targets.
  8. The teacher writes lines of running results, each with its verdict, until one hits:
         5+3=8 8*2=16 no
-        5*2=10 10+3=13 ok
-    No two lines begin with the same equation. With probability --aim a line is drawn among those that hit,
-    else at random. After a miss it stops with probability --give_up, or at --max_lines, and answers with its
-    last line. RL has aim and persistence to teach.
+        5-3=2 2+2=4 no
+        5*3=15 15-2=13 ok
+    It goes through the first equations in a fixed order, from a random one on, and then plays at random. With
+    probability --aim it draws a line among those that hit. After its first miss it gives up with probability
+    --give_up; else it plays on, up to --max_lines. It answers with its last line. RL has aim to teach.
 
 Rows have nums, target, solution, difficulty, trace, trace_answer; sft.jsonl has --traces rows per
 problem, each with its numbers in an order of its own.
@@ -35,7 +36,7 @@ import sys
 import tempfile
 from collections import Counter, namedtuple
 from functools import lru_cache
-from itertools import combinations_with_replacement, cycle, product
+from itertools import combinations, combinations_with_replacement, cycle, product
 from math import ceil, comb, gcd
 from pathlib import Path
 
@@ -73,10 +74,9 @@ def parse_args(argv=None):
     add("--max_target", type=int, default=99, help="targets are 1 to this")
     add("--min_search", type=float, default=2, help="leave out problems with fewer expressions per hit")
     add("--max_search", type=float, default=10_000, help="and those with more; to 10 is easy, to 30 medium")
-    add("--exclude", metavar="FOLDER", help="leave out the multisets of its val.jsonl and test.jsonl")
     add = parser.add_argument_group("teacher").add_argument
     add("--max_lines", type=int, default=5, help="maximum number of lines in a trace")
-    add("--give_up", type=float, default=0.3, help="probability that the teacher stops after a miss")
+    add("--give_up", type=float, default=0.3, help="probability that it stops after its first miss")
     add("--aim", type=float, default=0.0, help="probability that a line is one that hits")
     add("--max_value", type=int, default=99, help="largest result in a trace, if no given number is larger")
     try:
@@ -248,18 +248,8 @@ def multisets(k, high, rng):
     rng.shuffle(rest)
     yield from rest
 
-def held_out(folder):
-    """The multisets of the folder's val.jsonl and test.jsonl."""
-    files = [path for path in (Path(folder, "val.jsonl"), Path(folder, "test.jsonl")) if path.is_file()]
-    if not files:
-        fail(f"--exclude {folder}: no val.jsonl or test.jsonl there")
-    try:
-        return {tuple(sorted(json.loads(line)["nums"])) for path in files for line in open(path)}
-    except (ValueError, TypeError, KeyError) as err:
-        fail(f"--exclude {folder}: not files that countdown.py wrote ({err!r})")
-
-def draw(k, wanted, args, excluded, rng, bar):
-    """Steps 4 to 7 for k numbers: {split: up to wanted[split] problems}, none with an excluded multiset."""
+def draw(k, wanted, args, rng, bar):
+    """Steps 4 to 7 for k numbers: {split: up to wanted[split] problems}."""
     made = {split: [] for split in wanted}      # problems
     used = {split: {} for split in wanted}      # multiset -> its targets so far
     room = dict.fromkeys(wanted, 0)             # how many problems the multisets allow in all
@@ -285,8 +275,6 @@ def draw(k, wanted, args, excluded, rng, bar):
         return len(searches)
 
     for drawn, nums in enumerate(multisets(k, args.max_number, rng)):
-        if nums in excluded:
-            continue
         short = [split for split in wanted if len(made[split]) < wanted[split]]
         if not short or drawn > 1_000 * (1 + sum(room.values())):     # hardly any fit
             break
@@ -301,21 +289,28 @@ def draw(k, wanted, args, excluded, rng, bar):
 
 
 # ---- Teacher.
-def play(nums, rand, max_value):
-    """One line of play: its text, its result, its expression. Larger operand first, whole results."""
+def moves(values, max_value):
+    """All steps with two of these numbers, in a fixed order: {equation: (i, j, operator, result)}. Larger
+    operand first, whole results up to max_value."""
+    found = {}
+    for i, j in combinations(range(len(values)), 2):
+        if values[i] < values[j]:
+            i, j = j, i
+        a, b = values[i], values[j]
+        results = {"+": a + b, "-": a - b, "*": a * b}
+        if b and a % b == 0:
+            results["/"] = a // b
+        found |= {f"{a}{op}{b}={x}": (i, j, op, x) for op, x in results.items() if x <= max_value}
+    return found
+
+def play(nums, first, rand, max_value):
+    """A line that begins with the equation `first`, then plays at random: its text, result, expression."""
     hand, steps = [(x, str(x), 2) for x in nums], []        # (value, expression, how tightly it binds)
     while len(hand) > 1:
-        i, j = int(rand() * len(hand)), int(rand() * (len(hand) - 1))
-        j += j >= i
-        if hand[i][0] < hand[j][0]:
-            i, j = j, i
-        (a, x, x_binds), (b, y, y_binds) = hand[i], hand[j]
-        moves = [("-", a - b), ("+", a + b), ("*", a * b)]
-        if b and a % b == 0:
-            moves.append(("/", a // b))
-        moves = [move for move in moves if move[1] <= max_value]
-        op, value = moves[int(rand() * len(moves))]
-        steps.append(f"{a}{op}{b}={value}")
+        choices = moves([value for value, _, _ in hand], max_value)
+        steps.append(list(choices)[int(rand() * len(choices))] if steps else first)
+        i, j, op, value = choices[steps[-1]]
+        (_, x, x_binds), (_, y, y_binds) = hand[i], hand[j]
         binds = int(op in "*/")
         if x_binds < binds:
             x = f"({x})"
@@ -326,18 +321,23 @@ def play(nums, rand, max_value):
 
 def teach(nums, target, rand, args):
     """Step 8: the trace and its answer, the last line's expression, right or wrong."""
-    lines, max_value = {}, max(args.max_value, *nums)       # lines: first equation -> line, in order of play
-    for _ in range(50 * args.max_lines):                    # a bound, as few numbers have few first equations
-        for _ in range(200 if args.aim and rand() < args.aim else 1):   # 200 nearly always hit
-            line, value, expression = play(nums, rand, max_value)
+    lines, max_value = [], max(args.max_value, *nums)
+    firsts = list(moves(nums, max_value))                   # those that are left
+    start = int(rand() * len(firsts))
+    firsts = firsts[start:] + firsts[:start]
+    while True:
+        first, aims = firsts[0], args.aim and rand() < args.aim
+        for _ in range(200 if aims else 1):                 # 200 nearly always hit
+            if aims:
+                first = firsts[int(rand() * len(firsts))]
+            line, value, said = play(nums, first, rand, max_value)
             if value == target:
                 break
-        first = line.split()[0]
-        if first not in lines:
-            lines[first], said = f"{line} {'ok' if value == target else 'no'}", expression
-            if value == target or len(lines) == args.max_lines or rand() < args.give_up:
-                break
-    return {"trace": "\n".join(lines.values()), "trace_answer": said}
+        firsts.remove(first)
+        lines.append(f"{line} {'ok' if value == target else 'no'}")
+        gives_up = len(lines) == args.max_lines or len(lines) == 1 and rand() < args.give_up
+        if value == target or gives_up or not firsts:
+            return {"trace": "\n".join(lines), "trace_answer": said}
 
 
 # ---- Files.
@@ -362,13 +362,12 @@ def save(folder, files):
 def main(argv=None):
     args = parse_args(argv)
     rng, folder, kinds = random.Random(args.seed), Path(args.out), sorted(set(args.numbers))
-    excluded = held_out(args.exclude) if args.exclude else ()
     wanted = {"test": args.test, "val": args.val, "train": args.train}
     files = {split: [] for split, n in wanted.items() if n}
     with tqdm(total=sum(wanted.values()), desc="problems", unit="", delay=2, disable=None) as bar:
         for left, k in zip(range(len(kinds), 0, -1), kinds):  # the next ones fill the gaps of a small space
             share = {split: ceil((wanted[split] - len(rows)) / left) for split, rows in files.items()}
-            for split, rows in draw(k, share, args, excluded, rng, bar).items():
+            for split, rows in draw(k, share, args, rng, bar).items():
                 files[split] += rows
     for split, rows in files.items():
         if len(rows) < wanted[split]:
