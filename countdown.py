@@ -74,6 +74,7 @@ def parse_args(argv=None):
     add("--max_target", type=int, default=99, help="targets are 1 to this")
     add("--min_search", type=float, default=2, help="leave out problems with fewer expressions per hit")
     add("--max_search", type=float, default=10_000, help="and those with more; to 10 is easy, to 30 medium")
+    add("--exclude", nargs="+", default=[], metavar="FILE", help="JSONL files whose multisets are left out")
     add = parser.add_argument_group("teacher").add_argument
     add("--max_lines", type=int, default=5, help="maximum number of lines in a trace")
     add("--give_up", type=float, default=0.3, help="probability that it stops after its first miss")
@@ -81,8 +82,10 @@ def parse_args(argv=None):
     add("--max_value", type=int, default=99, help="largest result in a trace, if no given number is larger")
     try:
         args = parser.parse_args(argv)
-    except ValueError as err:                               # a quote left open, bytes that are not text
-        fail(f"a flag file cannot be read: {err}")
+        rows = [json.loads(line) for name in args.exclude for line in Path(name).read_text().splitlines()]
+        args.exclude = {tuple(sorted(row["nums"])) for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as err:   # a quote left open, bytes that are not text
+        fail(f"a flag file or one of --exclude cannot be read: {err!r}")
     bounds = {"max_number": (1, LIMIT), "max_target": (1, LIMIT), "max_lines": (1, LIMIT), "give_up": (0, 1),
               "aim": (0, 1)}
     for name, value in vars(args).items():
@@ -279,7 +282,7 @@ def draw(k, wanted, args, rng, bar):
         if not short or drawn > 1_000 * (1 + sum(room.values())):     # hardly any fit
             break
         split = min(short, key=lambda split: room[split] / wanted[split])
-        room[split] += give(split, nums)
+        room[split] += 0 if nums in args.exclude else give(split, nums)
     for split in wanted:                                    # no fresh multiset is left
         for nums in cycle(used[split]):
             if len(made[split]) >= min(wanted[split], room[split]):

@@ -343,6 +343,16 @@ def test_a_teacher_out_of_lines_stops():
     assert sorted(taught["trace"].split("\n")) == ["1*1=1 no", "1+1=2 no", "1-1=0 no", "1/1=1 no"]
 
 
+def test_multisets_of_excluded_files_are_left_out(small, tmp_path):
+    files = [tmp_path / "val.jsonl", tmp_path / "test.jsonl"]
+    for file in files:
+        file.write_text("".join(json.dumps(row) + "\n" for row in small[file.stem]))
+    held_out, flags = {*map(multiset, small["val"] + small["test"])}, [*SMALL, "--train", 900, "--test", 9]
+    more = make(tmp_path / "more", *flags, "--exclude", *files)
+    assert not held_out & {*map(multiset, more["train"] + more["test"])}
+    assert held_out & {*map(multiset, make(tmp_path / "again", *flags)["train"])}
+
+
 # ---- Command line.
 
 def test_same_flags_same_bytes_in_any_process_and_another_seed_gives_other_problems(tmp_path):
@@ -359,6 +369,17 @@ def test_same_flags_same_bytes_in_any_process_and_another_seed_gives_other_probl
     assert all(seen[0][name] != seen[2][name] for name in seen[0])
 
 
+@pytest.mark.parametrize("content", [None, "", "not JSON", '{"target": 1}', '{"nums": 3}', "3"])
+def test_a_file_to_exclude_without_rows_of_numbers_gets_one_line_and_exit_code_2(content, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "rows.jsonl").write_text(content + "\n")
+    with pytest.raises(SystemExit) as stop:
+        countdown.main(["--out", str(tmp_path / "out"), "--exclude", str(tmp_path / "rows.jsonl")])
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "\n" not in said and not (tmp_path / "out").exists()
+    assert said.startswith("countdown.py: a flag file or one of --exclude cannot be read")
+
+
 def test_flags_come_from_a_file_with_comments(tmp_path):
     text = "# tiny, don't grow\n\n--numbers 2 --train 5 # few\n--test 5\n--traces 0\n"
     (tmp_path / "flags.txt").write_text(text)
@@ -373,7 +394,7 @@ def test_a_flag_file_that_cannot_be_read_gets_one_line_and_exit_code_2(content, 
         countdown.main([f"@{tmp_path / 'flags.txt'}"])
     said = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and "\n" not in said
-    assert said.startswith("countdown.py: a flag file cannot be read")
+    assert said.startswith("countdown.py: a flag file or one of --exclude cannot be read")
 
 
 def test_an_old_val_file_does_not_stay_beside_new_training_data(tmp_path):
