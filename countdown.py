@@ -7,7 +7,7 @@ The solver (steps 1 to 3: `solve`, `solutions`) is exact, with fractions; steps 
     part leaves at most six values b of the larger one with a ? b or b ? a equal to the target.
  3. Write each hit in flat form: terms added and subtracted, or factors above and below a line. It stands for
     all orders, groupings and signs: (a-b)*(c-d) = (b-a)*(d-c). But +(5-5)*2 and -(5-5)*2 count as two.
- 4. Draw multisets of numbers in random order, none twice, and give each wholly to one of train, val and test.
+ 4. Draw multisets of numbers in random order, none twice and none of --exclude; give each to one split only.
  5. Count its expressions by value, as a player with whole numbers would try them: operands in either order
     are one expression, no result is below 0 or above 9,999, divisions are exact.
  6. The search of a problem is the number of expressions tried per hit, all / hitting: easy up to 10, medium
@@ -82,10 +82,8 @@ def parse_args(argv=None):
     add("--max_value", type=int, default=99, help="largest result in a trace, if no given number is larger")
     try:
         args = parser.parse_args(argv)
-        rows = [json.loads(line) for name in args.exclude for line in Path(name).read_text().splitlines()]
-        args.exclude = {tuple(sorted(row["nums"])) for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as err:   # a quote left open, bytes that are not text
-        fail(f"a flag file or one of --exclude cannot be read: {err!r}")
+    except ValueError as err:                               # a quote left open, bytes that are not text
+        fail(f"a flag file cannot be read: {err}")
     bounds = {"max_number": (1, LIMIT), "max_target": (1, LIMIT), "max_lines": (1, LIMIT), "give_up": (0, 1),
               "aim": (0, 1)}
     for name, value in vars(args).items():
@@ -329,10 +327,9 @@ def teach(nums, target, rand, args):
     start = int(rand() * len(firsts))
     firsts = firsts[start:] + firsts[:start]
     while True:
-        first, aims = firsts[0], args.aim and rand() < args.aim
+        aims = args.aim and rand() < args.aim
         for _ in range(200 if aims else 1):                 # 200 nearly always hit
-            if aims:
-                first = firsts[int(rand() * len(firsts))]
+            first = firsts[int(rand() * len(firsts)) if aims else 0]
             line, value, said = play(nums, first, rand, max_value)
             if value == target:
                 break
@@ -364,6 +361,10 @@ def save(folder, files):
 
 def main(argv=None):
     args = parse_args(argv)
+    try:
+        args.exclude = {tuple(sorted(json.loads(row)["nums"])) for file in args.exclude for row in open(file)}
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        fail(f"--exclude: {err!r}")
     rng, folder, kinds = random.Random(args.seed), Path(args.out), sorted(set(args.numbers))
     wanted = {"test": args.test, "val": args.val, "train": args.train}
     files = {split: [] for split, n in wanted.items() if n}
