@@ -206,6 +206,16 @@ def test_no_two_files_share_a_multiset_and_no_file_repeats_a_problem(data):
     assert {*map(multiset, data["sft"])} == {*map(multiset, data["train"])}
 
 
+def test_multisets_of_excluded_files_are_left_out(small, tmp_path):
+    files = [tmp_path / "val.jsonl", tmp_path / "test.jsonl"]
+    for file in files:
+        file.write_text("".join(json.dumps(row) + "\n" for row in small[file.stem]))
+    held_out, flags = {*map(multiset, small["val"] + small["test"])}, [*SMALL, "--train", 900, "--test", 9]
+    more = make(tmp_path / "more", *flags, "--exclude", *files)
+    assert not held_out & {*map(multiset, more["train"] + more["test"])}
+    assert held_out & {*map(multiset, make(tmp_path / "again", *flags)["train"])}
+
+
 def test_every_problem_is_solved_and_its_target_in_range(data):
     for name in ("train", "val", "test"):
         for row in data[name]:
@@ -341,16 +351,6 @@ def test_a_teacher_that_always_aims_hits_with_its_first_line():
 def test_a_teacher_out_of_lines_stops():
     taught = teach([1, 1], 40, random.Random(0).random, max_lines=30, give_up=0)
     assert sorted(taught["trace"].split("\n")) == ["1*1=1 no", "1+1=2 no", "1-1=0 no", "1/1=1 no"]
-
-
-def test_multisets_of_excluded_files_are_left_out(small, tmp_path):
-    files = [tmp_path / "val.jsonl", tmp_path / "test.jsonl"]
-    for file in files:
-        file.write_text("".join(json.dumps(row) + "\n" for row in small[file.stem]))
-    held_out, flags = {*map(multiset, small["val"] + small["test"])}, [*SMALL, "--train", 900, "--test", 9]
-    more = make(tmp_path / "more", *flags, "--exclude", *files)
-    assert not held_out & {*map(multiset, more["train"] + more["test"])}
-    assert held_out & {*map(multiset, make(tmp_path / "again", *flags)["train"])}
 
 
 # ---- Command line.
