@@ -106,11 +106,11 @@ def base_of(name):
     except (ValueError, KeyError):
         return fail(f"--model {name}: its adapter_config.json names no base model")
 
-def load_tokenizer(name):
+def load(kind, name, **options):
     try:
-        return transformers.AutoTokenizer.from_pretrained(name)
-    except Exception as err:  # of a dozen types, for what is one thing to the user
-        fail(f"--model {name}: not a model's folder, nor a hub id that can be reached ({str(err)[:200]})")
+        return kind.from_pretrained(name, **options)
+    except Exception as err:  # of a dozen types: not there, damaged, unknown, a missing package, no memory
+        fail(f"--model {name}: no model's folder, nor a hub id, that can be loaded ({str(err)[:200]})")
 
 def prompt_ids(tokenizer, chats):
     """The ids of each chat, a list of turns, up to where the assistant's next turn begins."""
@@ -128,10 +128,7 @@ def load_lm(name, device, dtype, load_in_4bit=False):
         options |= {"device_map": {"": device}, "quantization_config": transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype)}
-    try:
-        lm, found = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
-    except Exception as err:  # a damaged file, a missing package, an unknown model, no memory
-        fail(f"--model {name}: cannot be loaded ({str(err)[:200]})")
+    lm, found = load(transformers.AutoModelForCausalLM, name, **options)
     if found["missing_keys"]:  # transformers puts random numbers in their place
         fail(f"--model {name}: its files lack weights ({str(found['missing_keys'])[:200]})")
     for module in lm.modules():
@@ -320,7 +317,7 @@ def run(args, kept):
     rows, chats = read_problems(args)                                                                      # 1
     checkpoints, results, rates, stem = {}, [], {}, args.output.removesuffix(".json")
     for name in args.model:
-        tokenizer = load_tokenizer(base_of(name))
+        tokenizer = load(transformers.AutoTokenizer, base_of(name))
         prompts = prompt_ids(tokenizer, chats)
         forbidden = [tokenizer.encode(text, add_special_tokens=False) for text in args.forbid_after]
         if any(len(ids) != 1 for ids in forbidden):

@@ -193,18 +193,6 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, *, loss="dapo", clip_low=0.
     parts = {name: (x * mask).sum().detach() / num_tokens for name, x in parts.items()}
     return total, parts | {"loss": total.detach()}
 
-def learning_rate(step, steps, warmup, schedule):
-    """The factor on the peak learning rate at step 1, 2, ...; a falling one is 0 after the last step."""
-    progress = (step - 1 - warmup) / max(1, steps - warmup)
-    falls = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
-    return step / warmup if step <= warmup else falls[schedule]
-
-def draw_order(n, seed, start, count):
-    """Indices start, start + 1, ... of an endless order in which each of n rows comes once per epoch."""
-    epochs = range(start // n, (start + count - 1) // n + 1)
-    order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs])
-    return order[start % n:][:count].tolist()
-
 def completion_logps(lm, ids, prompt_lengths, mask, temperature=1.0, chunk=HEAD_LOGITS):
     """Log-probabilities of the completions' ids at `temperature` and, without gradient, entropies, [n, T],
     0 where the mask is. ids [n, L]: prompt, completion, padding (needs no mask, as attention is causal);
@@ -385,11 +373,11 @@ class Sampler:
 
 
 # ----------------------------------------------------------------------------------------- models
-def load_tokenizer(name):
+def load(kind, name, **options):
     try:
-        return transformers.AutoTokenizer.from_pretrained(name)
-    except Exception as err:  # of a dozen types, for what is one thing to the user
-        fail(f"--model {name}: not a model's folder, nor a hub id that can be reached ({str(err)[:200]})")
+        return kind.from_pretrained(name, **options)
+    except Exception as err:  # of a dozen types: not there, damaged, unknown, a missing package, no memory
+        fail(f"--model {name}: no model's folder, nor a hub id, that can be loaded ({str(err)[:200]})")
 
 def prompt_ids(tokenizer, chats):
     """The ids of each chat, a list of turns, up to where the assistant's next turn begins."""
@@ -407,10 +395,7 @@ def load_lm(name, device, dtype, load_in_4bit=False):
         options |= {"device_map": {"": device}, "quantization_config": transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype)}
-    try:
-        lm, found = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
-    except Exception as err:  # a damaged file, a missing package, an unknown model, no memory
-        fail(f"--model {name}: cannot be loaded ({str(err)[:200]})")
+    lm, found = load(transformers.AutoModelForCausalLM, name, **options)
     if found["missing_keys"]:  # transformers puts random numbers in their place
         fail(f"--model {name}: its files lack weights ({str(found['missing_keys'])[:200]})")
     for module in lm.modules():
@@ -459,20 +444,33 @@ def refresh(plain, lm):
             weight = weight.full_tensor()
         target.copy_(weight)
 
+class Muon(torch.optim.Optimizer):
+    """Nesterov's momentum made orthogonal, for matrices (Keller Jordan et al., Muon, 2024). In fp32: torch's own
+    is in bf16, which takes a CPU without units for it 20 times as long."""
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+                x, ratio = p.grad.lerp(momentum, 0.95), p.size(0) / p.size(1)
+                x = x.T if ratio > 1 else x
+                x = x / x.norm().clamp(min=1e-7)
+                for _ in range(5):                              # Newton-Schulz: singular values to about 1
+                    gram = x @ x.T
+                    x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+                p.add_(x.T if ratio > 1 else x, alpha=-group["lr"] * max(1, ratio) ** 0.5)
+
 def make_optimizers(model, args):
     """The optimisers of all trained parameters, at peak learning rates."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = {name: p for name, p in trained.items()
-                if args.optim == "muon" and p.ndim == 2 and ".layers." in name}
-    rest = [p for name, p in trained.items() if name not in matrices]
+    matrices, rest, adamw = [], [], partial(torch.optim.AdamW, fused=True)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (matrices if args.optim == "muon" and p.ndim == 2 and ".layers." in name else rest).append(p)
     if "8bit" in args.optim:
         import bitsandbytes
-        kind = "PagedAdamW8bit" if "paged" in args.optim else "AdamW8bit"
-        return [getattr(bitsandbytes.optim, kind)(rest, lr=args.lr, weight_decay=0.0)]
-    optimizers = [torch.optim.AdamW(rest, lr=args.lr, weight_decay=0.0, fused=True)]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices.values(), lr=args.muon_lr, weight_decay=0.0))
-    return optimizers
+        adamw = bitsandbytes.optim.PagedAdamW8bit if "paged" in args.optim else bitsandbytes.optim.AdamW8bit
+    muon = [Muon(matrices, {"lr": args.muon_lr})] if matrices else []
+    return [adamw(rest, lr=args.lr, weight_decay=0.0), *muon]
 
 def update(optimizers, factor, args, usable):
     """Sum gradients over processes, clip, update at `factor` times the peak learning rates -> norm of the
@@ -562,14 +560,11 @@ def save_checkpoint(out, state, save_model):
     out = Path(out)
     folder, tmp = out / f"checkpoint-{state['step']}", out / "tmp-checkpoint"
     shutil.rmtree(tmp, ignore_errors=True)                      # of a process that was killed
-    try:
-        save_model(tmp)
-        torch.save(state, tmp / "trainer.pt")
-        for name in LOGS:
-            shutil.copy(out / name, tmp)
-    except Exception as err:  # a full disk, in the words of each library
-        shutil.rmtree(tmp, ignore_errors=True)
-        fail(f"cannot write {folder} ({err}): make room, then --resume")
+    save_model(tmp)
+    with open(tmp / "trainer.pt", "wb") as f:                   # a full disk is then an OSError
+        torch.save(state, f)
+    for name in LOGS:
+        shutil.copy(out / name, tmp)
     shutil.rmtree(folder, ignore_errors=True)
     tmp.rename(folder)
     for old in sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))[:-2]:
@@ -693,7 +688,7 @@ def micro_batches(rollouts, args, device):
 def train(args):
     device, dtype = start_processes(args.dtype)
     weights = rewards.parse_weights(args.weights)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load(transformers.AutoTokenizer, args.model)
     data = read_prompts(args.data, "train", args, tokenizer)
     eval_data = read_prompts(args.eval_data, "test", args, tokenizer)
     if args.pass_rate:
@@ -718,6 +713,9 @@ def train(args):
         reference = load_lm(args.model, "cpu" if args.offload_reference else device, dtype)
     home = reference.device                                     # where it is except during its forward pass
     optimizers = make_optimizers(policy, args)
+    draws = args.steps * args.prompts_per_step * (1 + args.max_resample)        # at most
+    epochs = range(math.ceil(draws / len(data)))
+    order = np.concatenate([np.random.default_rng([args.seed, i]).permutation(len(data)) for i in epochs])
     done = {"step": 0, "drawn": 0, "evaluated": -1}             # steps, prompts, the last step evaluated
     if state:
         set_state_dict(policy, optimizers, model_state_dict=state["weights"],
@@ -749,7 +747,10 @@ def train(args):
             if done["step"] % args.eval_every == 0:             # 8, of the step before
                 evaluate()
             started = time.perf_counter()
-            factor = learning_rate(step, args.steps, args.warmup, args.lr_schedule)
+            progress = max(0, step - 1 - args.warmup) / max(1, args.steps - args.warmup)
+            cosine = (1 + math.cos(math.pi * progress)) / 2
+            factor = min(1.0, step / max(1, args.warmup))
+            factor *= {"constant": 1.0, "linear": 1 - progress, "cosine": cosine}[args.lr_schedule]
             ends = [args.temperature, args.temperature_end or args.temperature]
             temperature = float(np.interp(step, [1, max(2, args.steps)], ends))
             torch.manual_seed(args.seed * 1_000_003 + step)     # for models with dropout
@@ -758,7 +759,7 @@ def train(args):
             for _ in range(1 + args.max_resample):
                 # 1. Draw prompts.
                 missing = args.prompts_per_step - len(groups)
-                indices = draw_order(len(data), args.seed, done["drawn"] + len(drawn), missing)
+                indices = order[done["drawn"] + len(drawn):][:missing].tolist()
                 # 2. Sample a group for each; every process takes its share.
                 places = range(len(drawn), len(drawn) + missing)[RANK::WORLD]
                 rows = [place * args.group_size + g for place in places for g in range(args.group_size)]

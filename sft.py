@@ -8,7 +8,7 @@
  4. Clip the gradient and update the fp32 weights. A gradient that is not finite is skipped.
  5. Log metrics, evaluate on held-out rows, save a checkpoint.
 
-    python sft.py --data countdown=data/countdown/sft.jsonl --steps 1000    # a new model of 0.5 M parameters
+    python sft.py --data countdown=data/countdown/sft.jsonl --lr 3e-3    # a new model of 0.5 M parameters
     python sft.py --model Qwen/Qwen2.5-3B-Instruct --data gsm8k --lora_rank 32 --merge
     torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen2.5-7B-Instruct --data gsm8k --fsdp
 """
@@ -17,7 +17,6 @@ import fcntl
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -32,7 +31,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
@@ -92,7 +91,7 @@ def parse_args(argv=None):
     add("--eval_data", nargs="+", default=[], metavar="SOURCE", help="held-out rows, for loss and accuracy")
     add("--eval_every", type=NATURAL, default=0, help="steps between evaluations; 0: after the last one")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=FLOAT, help="peak learning rate; None: 1e-5, for LoRA 2e-4, for tiny 3e-3")
+    add("--lr", type=FLOAT, default=1e-5, help="peak learning rate; LoRA takes 2e-4, tiny 3e-3")
     add("--warmup", type=NATURAL, default=0, help="steps of linear warm-up, before a cosine to 0")
     add("--max_grad_norm", type=FLOAT, default=1.0, help="clip the gradient to this norm; 0: never")
     add("--optim", choices=["adamw", "adamw8bit", "paged_adamw8bit", "muon"], default="adamw",
@@ -112,10 +111,7 @@ def parse_args(argv=None):
     add("--save_every", type=NATURAL, default=500, help="steps between checkpoints; 0: only when stopped")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output_dir, if any")
     add("--seed", type=NATURAL, default=0, help="of the data order and new weights")
-    args = parser.parse_args(argv)
-    if args.lr is None:
-        args.lr = 3e-3 if args.model == "tiny" else 2e-4 if args.lora_rank else 1e-5
-    return args
+    return parser.parse_args(argv)
 
 
 # ----------------------------------------------------------------------------------------- rows
@@ -155,13 +151,11 @@ def tiny_tokenizer():
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
     words = ["Numbers: [", ", ", "]\nTarget: ", " ok", " no"]
     words += [f"<{slash}{tag}>" for tag in (*rewards.STYLES, "answer") for slash in ("", "/")]
-    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    whole = [as_bytes.pre_tokenize_str(word)[0][0] for word in words] + [str(n) for n in range(10, 100)]
-    vocab = {token: i for i, token in enumerate(special + sorted(as_bytes.alphabet()) + whole)}
-    bpe = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))      # a known piece is one token
-    pieces = Regex("|".join(map(re.escape, words)) + "|[0-9]+")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, "isolated"), as_bytes])
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(special + alphabet)}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.decoder = decoders.ByteLevel()
+    bpe.add_tokens(words + [str(n) for n in range(10, 100)])
     template = ("{% for m in messages if m.role != 'system' %}"     # it cannot read instructions
                 "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
                 "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -184,11 +178,11 @@ def tiny_model(tokenizer, seed):
 
 
 # ----------------------------------------------------------------------------------------- models
-def load_tokenizer(name):
+def load(kind, name, **options):
     try:
-        return transformers.AutoTokenizer.from_pretrained(name)
-    except Exception as err:  # of a dozen types, for what is one thing to the user
-        fail(f"--model {name}: not a model's folder, nor a hub id that can be reached ({str(err)[:200]})")
+        return kind.from_pretrained(name, **options)
+    except Exception as err:  # of a dozen types: not there, damaged, unknown, a missing package, no memory
+        fail(f"--model {name}: no model's folder, nor a hub id, that can be loaded ({str(err)[:200]})")
 
 def prompt_ids(tokenizer, chats):
     """The ids of each chat, a list of turns, up to where the assistant's next turn begins."""
@@ -206,10 +200,7 @@ def load_lm(name, device, dtype, load_in_4bit=False):
         options |= {"device_map": {"": device}, "quantization_config": transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype)}
-    try:
-        lm, found = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
-    except Exception as err:  # a damaged file, a missing package, an unknown model, no memory
-        fail(f"--model {name}: cannot be loaded ({str(err)[:200]})")
+    lm, found = load(transformers.AutoModelForCausalLM, name, **options)
     if found["missing_keys"]:  # transformers puts random numbers in their place
         fail(f"--model {name}: its files lack weights ({str(found['missing_keys'])[:200]})")
     for module in lm.modules():
@@ -241,20 +232,33 @@ def load_policy(args, device, dtype, lm=None):
             fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     return model, lm
 
+class Muon(torch.optim.Optimizer):
+    """Nesterov's momentum made orthogonal, for matrices (Keller Jordan et al., Muon, 2024). In fp32: torch's own
+    is in bf16, which takes a CPU without units for it 20 times as long."""
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+                x, ratio = p.grad.lerp(momentum, 0.95), p.size(0) / p.size(1)
+                x = x.T if ratio > 1 else x
+                x = x / x.norm().clamp(min=1e-7)
+                for _ in range(5):                              # Newton-Schulz: singular values to about 1
+                    gram = x @ x.T
+                    x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+                p.add_(x.T if ratio > 1 else x, alpha=-group["lr"] * max(1, ratio) ** 0.5)
+
 def make_optimizers(model, args):
     """The optimisers of all trained parameters, at peak learning rates."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = {name: p for name, p in trained.items()
-                if args.optim == "muon" and p.ndim == 2 and ".layers." in name}
-    rest = [p for name, p in trained.items() if name not in matrices]
+    matrices, rest, adamw = [], [], partial(torch.optim.AdamW, fused=True)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (matrices if args.optim == "muon" and p.ndim == 2 and ".layers." in name else rest).append(p)
     if "8bit" in args.optim:
         import bitsandbytes
-        kind = "PagedAdamW8bit" if "paged" in args.optim else "AdamW8bit"
-        return [getattr(bitsandbytes.optim, kind)(rest, lr=args.lr, weight_decay=0.0)]
-    optimizers = [torch.optim.AdamW(rest, lr=args.lr, weight_decay=0.0, fused=True)]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices.values(), lr=args.muon_lr, weight_decay=0.0))
-    return optimizers
+        adamw = bitsandbytes.optim.PagedAdamW8bit if "paged" in args.optim else bitsandbytes.optim.AdamW8bit
+    muon = [Muon(matrices, {"lr": args.muon_lr})] if matrices else []
+    return [adamw(rest, lr=args.lr, weight_decay=0.0), *muon]
 
 def update(optimizers, factor, args, usable):
     """Sum gradients over processes, clip, update at `factor` times the peak learning rates -> norm of the
@@ -344,14 +348,11 @@ def save_checkpoint(out, state, save_model):
     out = Path(out)
     folder, tmp = out / f"checkpoint-{state['step']}", out / "tmp-checkpoint"
     shutil.rmtree(tmp, ignore_errors=True)                      # of a process that was killed
-    try:
-        save_model(tmp)
-        torch.save(state, tmp / "trainer.pt")
-        for name in LOGS:
-            shutil.copy(out / name, tmp)
-    except Exception as err:  # a full disk, in the words of each library
-        shutil.rmtree(tmp, ignore_errors=True)
-        fail(f"cannot write {folder} ({err}): make room, then --resume")
+    save_model(tmp)
+    with open(tmp / "trainer.pt", "wb") as f:                   # a full disk is then an OSError
+        torch.save(state, f)
+    for name in LOGS:
+        shutil.copy(out / name, tmp)
     shutil.rmtree(folder, ignore_errors=True)
     tmp.rename(folder)
     for old in sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))[:-2]:
@@ -368,7 +369,7 @@ def append(path, rows):
 def train(args):
     device, dtype = start_processes(args.dtype)
     # 1. Rows of ids.
-    tokenizer = tiny_tokenizer() if args.model == "tiny" else load_tokenizer(args.model)
+    tokenizer = tiny_tokenizer() if args.model == "tiny" else load(transformers.AutoTokenizer, args.model)
     data = read_rows(args.data, "train", args, tokenizer)
     held_out = read_rows(args.eval_data, "val", args, tokenizer) if args.eval_data else []
     steps = args.steps or math.ceil(args.epochs * len(data) / args.batch_size)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import eval as ev
 import rewards
@@ -91,7 +91,7 @@ def evaluate(folder, out, *flags, model=("a",), data=None):
 
 def speak(monkeypatch, folder, reply):
     """The sampler replaced by reply(prompt text, sample) -> completion: known figures through the whole script."""
-    tokenizer = ev.load_tokenizer(str(folder / "a"))
+    tokenizer = ev.load(AutoTokenizer, str(folder / "a"))
 
     def complete(lm, prompts, ends, args, noise=None, forbidden=()):
         asked = [(tokenizer.decode(prompt), sample) for prompt in prompts for sample in range(args.samples)]

@@ -17,6 +17,7 @@ import statistics
 
 import shapes
 import torch
+import transformers
 
 import grpo
 import rewards
@@ -41,7 +42,7 @@ device, dtype = shapes.use(a.threads)
 torch.manual_seed(0)
 if a.model:
     model, rng = grpo.load_lm(a.model, device, dtype), random.Random(0)
-    tokenizer = grpo.load_tokenizer(a.model)
+    tokenizer = grpo.load(transformers.AutoTokenizer, a.model)
     rows = [{"nums": rng.choices(range(1, 13), k=3), "target": rng.randint(1, 40)} for _ in range(a.prompts)]
     prompts = grpo.prompt_ids(tokenizer, [rewards.messages("countdown", row) for row in rows])
     ends = [tokenizer.eos_token_id]
