@@ -445,8 +445,8 @@ def refresh(plain, lm):
         target.copy_(weight)
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov's momentum made orthogonal, for matrices (Keller Jordan et al., Muon, 2024). In fp32: torch's own
-    is in bf16, which takes a CPU without units for it 20 times as long."""
+    """Nesterov's momentum made orthogonal, for matrices (Keller Jordan et al., 2024). In fp32: torch's own is
+    in bf16, which takes a CPU without units for it 20 times as long (tests/bench/bench_muon.py)."""
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
