@@ -2,7 +2,6 @@
 import itertools
 import json
 import math
-import os
 import re
 import signal
 from types import SimpleNamespace
@@ -431,7 +430,7 @@ def test_an_interrupt_keeps_the_completions_so_far_and_the_results_of_before(
     folder, tmp_path, monkeypatch, capsys, number):
     evaluate(folder, tmp_path / "e.json")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(ev, "complete", after(2, lambda: os.kill(os.getpid(), number)))
+    monkeypatch.setattr(ev, "complete", after(2, lambda: signal.raise_signal(number)))
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         evaluate(folder, tmp_path / "e.json", "--batch_size", 1)

@@ -1089,7 +1089,7 @@ def test_an_adapter_learns_a_toy_reward(toy, tmp_path, monkeypatch):
     """The share of a completion that is digits: a tenth by chance."""
     pay(monkeypatch, lambda text, row: sum(c.isdigit() for c in text) / 8)
     lines = run(toy, tmp_path,
-                "--steps 12 --prompts_per_step 4 --group_size 12 --max_new_tokens 8 --lr 8e-2 --lora_rank 8")
+                "--steps 16 --prompts_per_step 4 --group_size 12 --max_new_tokens 8 --lr 8e-2 --lora_rank 8")
     first, *_, last = (m["reward"] for m in lines)
     assert first < 0.2 and last > 0.45
 
@@ -1375,13 +1375,14 @@ def test_a_run_killed_within_a_save_ends_with_the_same_bits(toy, whole, tmp_path
     def before():
         save, append, rmtree, rename, step = torch.save, grpo.append, shutil.rmtree, Path.rename, [0]
 
-        def torch_save(state, path):
-            step[0] = state["step"]
+        def torch_save(state, file):
+            step[0], path = state["step"], Path(file.name)
             if step[0] == 4 and moment == "half the model":
-                die(Path(path).parent / "model.safetensors")
-            save(state, path)
+                die(path.parent / "model.safetensors")
+            save(state, file)
+            file.flush()
             if step[0] == 4 and moment == "half the trainer":
-                die(Path(path))
+                die(path)
 
         def half_gone(path, *args, **kwargs):
             at_4 = Path(path).name == "checkpoint-2" and saved(tmp_path)[-1] == 4

@@ -296,9 +296,10 @@ def test_muon_steps_as_pytorchs_own_but_for_its_bf16(shape, monkeypatch):
     torch.manual_seed(0)
     start, gradients = torch.randn(shape), torch.randn(3, *shape)
     moved = []
-    for make in (lambda p: sft.Muon([p], {"lr": 0.1}), lambda p: torch.optim.Muon([p], lr=0.1, weight_decay=0.0)):
+    theirs = partial(torch.optim.Muon, lr=0.1, weight_decay=0.0)
+    for make in partial(sft.Muon, defaults={"lr": 0.1}), theirs:
         p = torch.nn.Parameter(start.clone())
-        optimizer = make(p)
+        optimizer = make([p])
         for p.grad in gradients:
             optimizer.step()
         moved.append(p.detach() - start)
@@ -412,11 +413,12 @@ def test_a_run_killed_within_a_save_ends_bitwise_equal(toy, tmp_path, where):
     def die(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def half(state, path):
+    def half(state, file):
         if state["step"] == 3:
-            path.write_bytes(b"half of it")
+            file.write(b"half of it")
+            file.flush()
             die()
-        save(state, path)
+        save(state, file)
 
     def trap():
         if where == "weights half written":
@@ -470,7 +472,7 @@ def test_processes_stop_together_when_one_is_told_to(toy, tmp_path, who):
 def test_a_flag_file_makes_a_tiny_model_that_learns_and_generates(toy, tmp_path):
     file = tmp_path / "recipe.txt"
     file.write_text(f"# cold start\n\n--model tiny  # made here\n--data 'countdown={toy / 'sft.jsonl'}:8'\n"
-                    f"--steps 12 --batch_size 4\n--output_dir {tmp_path / 'run'}\n")
+                    f"--steps 12 --batch_size 4 --lr 3e-3\n--output_dir {tmp_path / 'run'}\n")
     sft.main([f"@{file}", "--seed", "3"])
     lines = metrics(tmp_path / "run")
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
