@@ -234,7 +234,7 @@ def load_policy(args, device, dtype, lm=None):
 
 class Muon(torch.optim.Optimizer):
     """Nesterov's momentum made orthogonal, for matrices (Keller Jordan et al., 2024). In fp32: torch's own is
-    in bf16, which takes a CPU without units for it 20 times as long (tests/bench/bench_muon.py)."""
+    in bf16, which takes a CPU without units for it ten times as long (tests/bench/bench_muon.py)."""
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
