@@ -54,7 +54,6 @@ def at_least(least, kind=int):
         return kind(text)
     return number
 
-
 NATURAL, POSITIVE, FLOAT = at_least(0), at_least(1), at_least(0, float)
 
 def parse_args(argv=None):

@@ -88,7 +88,6 @@ def at_least(least, kind=int):
         return kind(text)
     return number
 
-
 NATURAL, POSITIVE, FLOAT = at_least(0), at_least(1), at_least(0, float)
 
 def parse_args(argv=None):
@@ -445,8 +444,7 @@ def refresh(plain, lm):
         target.copy_(weight)
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov's momentum made orthogonal, for matrices (Keller Jordan et al., 2024). In fp32: torch's own is
-    in bf16, which takes a CPU without units for it ten times as long (tests/bench/bench_muon.py)."""
+    """Orthogonal steps (Jordan et al., 2024), in fp32: torch's bf16 is 10 times slower on CPUs without it."""
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
@@ -462,15 +460,15 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, args):
     """The optimisers of all trained parameters, at peak learning rates."""
-    matrices, rest, adamw = [], [], partial(torch.optim.AdamW, fused=True)
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            (matrices if args.optim == "muon" and p.ndim == 2 and ".layers." in name else rest).append(p)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    muon = {n: p for n, p in trained.items() if args.optim == "muon" and p.ndim == 2 and ".layers." in n}
+    rest = [p for name, p in trained.items() if name not in muon]
+    adamw = partial(torch.optim.AdamW, fused=True)
     if "8bit" in args.optim:
         import bitsandbytes
         adamw = bitsandbytes.optim.PagedAdamW8bit if "paged" in args.optim else bitsandbytes.optim.AdamW8bit
-    muon = [Muon(matrices, {"lr": args.muon_lr})] if matrices else []
-    return [adamw(rest, lr=args.lr, weight_decay=0.0), *muon]
+    optimizers = [adamw(rest, lr=args.lr, weight_decay=0.0)]
+    return optimizers + [Muon(muon.values(), {"lr": args.muon_lr})] if muon else optimizers
 
 def update(optimizers, factor, args, usable):
     """Sum gradients over processes, clip, update at `factor` times the peak learning rates -> norm of the
@@ -557,14 +555,16 @@ def open_run(args, defaults):
 def save_checkpoint(out, state, save_model):
     """OUT/checkpoint-<step>: a model folder, the logs, and in trainer.pt all else that a run is. Renamed when
     complete, so that a kill at any moment leaves a whole one. The newest two stay. On rank 0."""
-    out = Path(out)
     folder, tmp = out / f"checkpoint-{state['step']}", out / "tmp-checkpoint"
     shutil.rmtree(tmp, ignore_errors=True)                      # of a process that was killed
-    save_model(tmp)
-    with open(tmp / "trainer.pt", "wb") as f:                   # a full disk is then an OSError
-        torch.save(state, f)
-    for name in LOGS:
-        shutil.copy(out / name, tmp)
+    try:
+        save_model(tmp)
+        torch.save(state, tmp / "trainer.pt")
+        for name in LOGS:
+            shutil.copy(out / name, tmp)
+    except Exception as err:  # a full disk, in the words of each library
+        shutil.rmtree(tmp, ignore_errors=True)
+        fail(f"cannot write {folder} ({err}): make room, then --resume")
     shutil.rmtree(folder, ignore_errors=True)
     tmp.rename(folder)
     for old in sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))[:-2]:
@@ -732,7 +732,7 @@ def train(args):
         trained, moments = get_state_dict(policy, optimizers, options=WHOLE)            # collective
         if RANK == 0:
             state = done | {"args": vars(args), "weights": trained, "optimizers": moments}
-            save_checkpoint(args.output_dir, state, save_model)
+            save_checkpoint(Path(args.output_dir), state, save_model)
 
     def evaluate():
         if eval_data and done["evaluated"] < done["step"]:

@@ -1375,14 +1375,13 @@ def test_a_run_killed_within_a_save_ends_with_the_same_bits(toy, whole, tmp_path
     def before():
         save, append, rmtree, rename, step = torch.save, grpo.append, shutil.rmtree, Path.rename, [0]
 
-        def torch_save(state, file):
-            step[0], path = state["step"], Path(file.name)
+        def torch_save(state, path):
+            step[0] = state["step"]
             if step[0] == 4 and moment == "half the model":
-                die(path.parent / "model.safetensors")
-            save(state, file)
-            file.flush()
+                die(Path(path).parent / "model.safetensors")
+            save(state, path)
             if step[0] == 4 and moment == "half the trainer":
-                die(path)
+                die(Path(path))
 
         def half_gone(path, *args, **kwargs):
             at_4 = Path(path).name == "checkpoint-2" and saved(tmp_path)[-1] == 4
@@ -1580,18 +1579,19 @@ def test_a_full_disk_stops_with_one_line_and_the_run_goes_on_when_there_is_room(
         toy, whole, tmp_path, monkeypatch, capfd):
     real = torch.save
 
-    def full(state, file):
-        with open(file.name if state["step"] < 3 else "/dev/full", "wb") as file:
-            real(state, file)
+    def full(state, path):
+        Path(path).write_bytes(b"half")
+        if state["step"] == 3:
+            raise OSError(28, "No space left on device")
+        real(state, path)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(torch, "save", full)
         main(long_flags(toy, tmp_path))
     last = capfd.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and "No space left on device" in last
-    assert saved(tmp_path) == [1, 2]
+    assert stop.value.code == 2 and "No space left" in last and "checkpoint-3" in last and "--resume" in last
+    assert saved(tmp_path) == [1, 2] and not list(tmp_path.glob("tmp-*"))
     main([*long_flags(toy, tmp_path), "--resume"])
-    assert not list(tmp_path.glob("tmp-*"))
     assert_same_run(tmp_path, whole)
 
 
