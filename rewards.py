@@ -15,6 +15,7 @@ Parts of a score; its "reward" is their sum, weighted by WEIGHTS
     length      -1 to 0   0 up to 500 tokens, falling linearly to -1 at 800; 0 where n_tokens is not given
     process      0 to 1   share of the distinct equations in the reasoning that are true; 0 without any
     efficiency   0 to 1   countdown, when correct: length of the shortest way to write it / length as written
+    tags         0 to 1   a quarter for each of the four tags, each standing once; 0 where one is repeated
 Where correct weighs at least as much as all others together, no wrong answer scores above a right one.
 Nothing that a model can write raises, hangs, executes or grows memory; what cannot be scored is 0.
 """
@@ -24,15 +25,17 @@ import math
 import operator
 import os
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, reduce
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import dedent
 
 STYLES = ("reasoning", "think")
-WEIGHTS = {"correct": 1.0, "format": 0.3, "length": 0.0, "process": 0.1, "efficiency": 0.1}
+WEIGHTS = {"correct": 1.0, "format": 0.3, "length": 0.0, "process": 0.1, "efficiency": 0.1, "tags": 0.0}
 LENGTH = (500, 800)  # tokens that cost nothing, tokens at which the length part has fallen to -1
 TAGS = {style: re.compile(rf"(</?(?:{style}|answer)>)") for style in STYLES}
 
@@ -41,12 +44,16 @@ class DataError(Exception):
 
 
 # ------------------------------------------------------------------------------------ which answer
-NUMERAL = (r"[1-9][0-9]{0,2}(?:(,|\{,\}| )[0-9]{3}(?:\1[0-9]{3})*)(?![0-9])(?:\.[0-9]+)?"
-           r"|[0-9]+(?:\.[0-9]+)?|\.[0-9]+")  # 1,234.5 in true groups of three, 1234.5, .5
-LAST_NUMBER = rf"(?:(?<![\w.)])[-+\u2212])?(?:\\?\$)?(?<![\w.])(?:{NUMERAL})"  # not the 2 of v2
+NUMERAL = (r"([1-9][0-9]{0,2}(?P<comma>,|\{,\}| )[0-9]{3}(?:(?P=comma)[0-9]{3})*(?![0-9])(?:\.[0-9]+)?"
+           r"|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")  # 1,234.5 in true groups of three, 1234.5, .5
+LAST_NUMBER = rf"((?:(?<![\w.)])[-+\u2212])?(?:\\?\$)?(?<![\w.]){NUMERAL})"  # not the 2 of v2
+
+def rewriter(*rules):
+    """A function that applies each (pattern, replacement) to a text in turn."""
+    rules = [(re.compile(pattern).sub, by) for pattern, by in rules]
+    return lambda text: reduce(lambda done, rule: rule[0](rule[1], done), rules, text)
 
 def tail(text, style):
-    """The part of a completion that may hold its answer; None where the reasoning was never closed."""
     after = text.rpartition(f"</{style}>")[2]
     return None if f"<{style}>" in after else after
 
@@ -74,38 +81,31 @@ def answer(text, style="reasoning", strict=True, labels=None):
     text = re.sub("</?answer>", "\n", text)[-10_000:]  # stray tags; no answer stands further from the end
     if (box := last_box(text)) is not None:
         return box.strip()
+    last = LAST_NUMBER if labels is None else rf"(?<!\w)({'|'.join(map(re.escape, labels))})(?!\w)"
     # to the end of the line; to the end of the sentence, for which a full stop has white space behind it
-    for pattern in (r"####[ \t]*(.*)", r"(?i:answer is)(?:\s*:)?\s*(?=\S)((?:[^.\n]|\.(?=\S))+)"):
-        if found := re.findall(pattern, text):
+    for pattern in (r"####[ \t]*(.*)", r"(?i:answer is)(?:\s*:)?\s*(?=\S)((?:[^.\n]|\.(?=\S))+)", last):
+        if found := [match[1] for match in re.finditer(pattern, text)]:
             return found[-1].strip()
-    last = LAST_NUMBER if labels is None else rf"(?<!\w)(?:{'|'.join(map(re.escape, labels))})(?!\w)"
-    found = [match[0] for match in re.finditer(last, text)]
-    return found[-1] if found else None
+    return None
 
 
 # ------------------------------------------------------------------------------------ countdown
-SIGNS = {"×": "*", "·": "*", "\\times": "*", "\\cdot": "*", "÷": "/", "\\div": "/", "\u2212": "-"}
-SIGN = re.compile("|".join(map(re.escape, SIGNS)))
+SIGNS = ("[×·]", "*"), (r"\\times|\\cdot", "*"), ("÷", "/"), (r"\\div", "/"), ("\u2212", "-")
+plain_signs = rewriter(*SIGNS)
 ARITHMETIC = re.compile(r"(?!.*(?<![0-9.])0[0-9])[-+*/(). 0-9]+")  # no leading zeros
 OPERAND = re.compile("[0-9.]+")
 OPERATORS = {ast.Add: (operator.add, 1, True), ast.Sub: (operator.sub, 1, False),  # rank, is a?(b?c) a?b?c
              ast.Mult: (operator.mul, 2, True), ast.Div: (lambda a, b: Fraction(a) / b, 2, False)}
 
-def plain_signs(text):
-    """`×`, `·`, `\\times`, `\\cdot` as `*`; `÷`, `\\div` as `/`; U+2212 as `-`."""
-    return SIGN.sub(lambda match: SIGNS[match[0]], text)
-
 @lru_cache(4096)
 def evaluate(text, limit=200):
-    """Numbers, + - * /, unary minus, parentheses -> (exact value, length of its shortest form); else None.
-
-    Nothing is executed: Python's parser only reads."""
+    """Numbers, + - * /, unary minus, parentheses -> (exact value, length of its shortest form); else None."""
     if len(text) > limit or not ARITHMETIC.fullmatch(text):
         return None
     if text.isdigit():
         return int(text), len(text)
     try:
-        number, length, _ = value(ast.parse(text.strip(), mode="eval").body)
+        number, length, _ = value(ast.parse(text.strip(), mode="eval").body)  # read, not executed
         return number, length - text.count("--")  # 2--3 is a padded 2+3
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
@@ -148,46 +148,64 @@ def countdown(said, row):
 
 
 # ------------------------------------------------------------------------------------ gsm8k
-DECORATION = re.compile(r"\*+|__|`|\\(?:boxed|text(?:bf|rm)?|math(?:bf|rm)|boldsymbol)(?![a-z])"
-                        r"|\\?[$%]|[€£¥₹₩₽¢{}()]|\\[()\[\],;:! ]")
-WORD = r"[^\W\d_]{1,20}"
-BEFORE = re.compile(rf"(?:{WORD}(?: {WORD}){{0,5}} ?(?:=|:| is))? ?(?:USD?)? ?([-+]?)")  # `x = -`
-UNIT = re.compile(rf"°?(?:(?:\A|(?<=[.°])|[°'/ -]|[/'] ){WORD}\.?){{0,6}} ?\.?")  # ` apples per day.`
-# words that change a number's value, or unsay it, on either side of it
-CHANGES_VALUE = re.compile(r"""(?ix)\b(?: or|and|not|no|isn|than|plus|minus|negative|times|over|under|above
-    | below|point|least|most|almost|nearly|except|wrong|false|untrue|incorrect|twice|double|triple|thrice
-    | \w*fold|squared|cubed|power|root|factorial|half|halves|dozens?|score|gross|grand|lakhs?|crores?
-    | (?:third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth)s?
-    | \w*(?:teenth|tieth|dredth|sandth|llionth|hundred|thousand|illion)s? )\b""")
-# and behind it; a single letter is a unit only where it is one: 18 g, 5 dollars a day, but not 18 x
-NO_UNIT = re.compile(r"(?i:\b(?:is|to|st|nd|rd|th|pi|bn|mn|mil|am|pm|ad|bc|bce|north|south|east|west)\b)"
-                     r"|\b(?![ghlLmsCF]\b|a [^\W\d_]{2})[^\W\d_]\b")
+PLAIN = re.compile(r"\s*\$?([-+]?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)\s*")  # $1,234.50
+undecorated = rewriter(
+    (r"\s", " "), (r"([0-9][^0-9^=]{0,40}[a-zA-Z]\}?)(?:\^\{?[23]\}?(?![0-9])|[²³])", r"\1"),  # 18 m^2
+    (r"(?<=[0-9])\{,\}(?=[0-9])", ","), (r"(?<=[0-9])\\,(?=[0-9])", " "),  # then a mark: it glues nothing
+    (r"\*+|__|`|(?<=[0-9}])~|\\?[$%]|[€£¥₹₩₽¢{}()]|\\[()\[\],;:! ]|\\(?:displaystyle|boxed|text(?:bf|rm)?"
+     r"|math(?:bf|rm)|boldsymbol)(?![a-z])", "\0"))
+BEFORE = re.compile(r"(?:[^\W\d_]{1,20}(?:'s)?,?(?: [^\W\d_]{1,20}(?:'s)?,?){0,8}(?: ?[:=] ?| )|= ?)?"
+                    r"(?:(?:USD?|Rs\.?) ?)?([-+]?) ?0")  # 0 for the number
+UNIT = re.compile(r"°?(?:(?:\A|(?<=[.°])|[°'/ -]|[/'] )[^\W\d_]{1,20}\.?){0,6} ?\.?")  # ` apples per day.`
+CHANGES_VALUE = re.compile(  # words that change a number's value, or unsay it, on either side of it
+    r"(?i)\b(?:or|and|no[nrt]?|none|never|n?either|but|cannot|isn|nicht|kein|than|plus|minus|negative|over"
+    r"|under|above|below|point|least|most|almost|nearly|about|around|roughly|except|without|wrongs?|false"
+    r"|untrue|incorrect|if|unless|maybe|instead|twice|thrice|\w*fold|squared|cubed|power|root|factorial|half"
+    r"|(?:halv|doubl|tripl|divid|multipl|subtract)\w*|three quarters|quarter(?:s of)?|(?:third|(?:four|fif"
+    r"|six|seven|eigh|nin|ten|eleven|twelf|\w*(?:teen|tie|dred|sand|llion))th)(?:s|(?! (?!of|is)[a-z]|-g))"
+    r"|times(?! (?:an?|as|per|each|every)\b|\W*$)|(?<!per )(?:dozen|\w*(?:hundred|thousand|illion))s?)\b")
+FACTOR = (r"(?:tens?|scores?|grand|myriads?|la(?:kh|c)s?|cr(?:ores?)?|tn|\w*illi[aoe]\w*|ribu|juta|tsd"
+          r"|mil(?!es?\b|k|it|li[mlg]|eage)\w*|m(?:i[oa]|l?rd|l[dn]|n)s?|b(?:n|il(?:[hij]\w*)?)|(?:gross|thou"
+          r"|hazaa?r|tril|h[uo]nd|cien[^c]|taus|tus[ei]n|tys|duizen|cent[ae]n|centain|di?zain|de[cz]en|zehn"
+          r"|docen|dou?z|dutzend|duzi|dussin|tuzin)\w*|(?:zero|one|two|three|four|five|six|seven|eight|nine"
+          r"|eleven|twelve|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|zwei)(?!-[a-z]))")
+NO_UNIT = re.compile(  # nor other letters than ours; a single one is a unit in `18 g`, but not in `18 x`
+    rf"(?i:\b(?:{FACTOR}|is|to|st|nd|rd|th|pi|am|pm|ad|bc|bce|north|south|east|west)\b)|[^\W\x00-\x7f]"
+    r"|\b(?![ghlLmsCF]\b|a [^\W\d_]{2})[^\W\d_]\b")
+NO_SENTENCE = re.compile(  # around a number, unless it ends as a name of it: `Her score is`
+    r"(?i)(?!.*(?:[:=]|\bis) ?(?:USD?|Rs\.?)? ?[-+]? ?0).*(?:\w [-+]|\b(?:sqrt|square|cube|log|mod|less"
+    rf"|within|{FACTOR}|(?:add|take)(?:s|ed|ing)?|(?![ai]\b)[a-z]|(?:from|up to|step|page|question|problem"
+    r"|(?<!total )of) 0)\b)")
+SPELLED = "0 zero 1 one 2 two 3 three 4 four 5 five 6 six 7 seven 8 eight 9 nine 10 ten"  # `5 (five)`
+
+def keeps_value(words):
+    """Do the words behind a number leave its value as it is? ` apples` does, ` dozen`, ` squared` do not."""
+    return bool(UNIT.fullmatch(words)) and not CHANGES_VALUE.search(words) and not NO_UNIT.search(words)
 
 def number(text):
     """The exact value of a text that holds exactly one number, or None."""
-    if len(text) > 200 or any(char.isnumeric() and not char.isascii() for char in text):
+    if len(text) > 200:
         return None
-    text = re.sub(r"\s", " ", text.strip().replace("\u2212", "-").replace("\\!", ""))
-    text = re.sub(r"(?<=[0-9])(?:(\{,\})|\\,)(?=[0-9])", lambda match: "," if match[1] else " ", text)
-    text = DECORATION.sub("\0", text)  # a mark, so that what stood on its two sides is not glued together
-    found = list(re.finditer(NUMERAL, text))
-    if len(found) != 1:
+    if plain := PLAIN.fullmatch(text):
+        return Fraction(plain[1].replace(",", ""))
+    text = undecorated(text.strip().replace("\u2212", "-").replace("\\!", ""))
+    parts = re.split(NUMERAL, text)  # before, number, its comma, after
+    if len(parts) != 4 or any(map(str.isnumeric, re.sub(r"[\0-\x7f]+", "", text))):
         return None
-    before, after = text[:found[0].start()], text[found[0].end():]
-    before, after = (" ".join(part.replace("\0", " ").split()) for part in (before, after))
+    before, after = (" ".join(part.replace("\0", " ").split()) for part in (parts[0] + "0", parts[3]))
     sign = BEFORE.fullmatch(before)
-    changed = CHANGES_VALUE.search(before) or CHANGES_VALUE.search(after) or NO_UNIT.search(after)
-    if changed or not sign or not UNIT.fullmatch(after):
+    if not sign or CHANGES_VALUE.search(before) or NO_SENTENCE.match(before) or (
+            after and f"{parts[1]} {after}" not in SPELLED and not keeps_value(after)):
         return None
-    return Fraction(sign[1] + re.sub("[, ]", "", found[0][0]))
+    return Fraction(sign[1] + re.sub("[, ]", "", parts[1]))
 
 def gsm8k(said, row):
     """Exactly one number, equal to the gold as an exact decimal: 18 = 18.00 = +18, not -18.
 
-    - not part of it: currency signs, `%`, their escaped forms, bold, `\\boxed`, `\\text{}`, a unit, `x =`, a
-      final full stop, separators in true groups of three (`1,000`, `1{,}000`, `1 000`); U+2212 is a minus
-    - wrong: `1,0,0,0`, `18 (2 steps)`, `17, 18, 19`, `9+9`, `36/2`, `1.8e1`, words (`eighteen`, `18 thirds`,
-      `18 or more`, `negative: 18`), non-ASCII digits, more than 200 characters
+    - not part of it: currency, `%`, bold, `\\boxed`, `\\text{}`, a unit, `x =`, a short sentence around it,
+      separators in true groups of three (`1,000`, `1{,}000`, `1 000`); U+2212 is a minus
+    - wrong: `1,0,0,0`, `18 (2 steps)`, `17, 18`, `36/2`, `1.8e1`, words that change it (`18 thirds`,
+      `5 lacs`, `18 or more`, `negative: 18`), non-ASCII digits, more than 200 characters
     """
     value = number(said)
     return value is not None and value == TASKS["gsm8k"]["gold"](row)
@@ -195,45 +213,60 @@ def gsm8k(said, row):
 
 # ------------------------------------------------------------------------------------ math, arc, code
 MARKS = re.compile(r"\\(?:boxed|text(?:bf|rm)?|math(?:bf|rm))\{|\\[()\[\]]|[*${}`]")
-FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)^[ \t]*```", re.S | re.M)
+LEAD = re.compile(r"(?i)\A(?:(?:the )?(?:correct |final )?(?:answer|option|choice)(?: is)?(?::\s*|\s+)){1,2}")
+FENCED = re.compile(  # a fence stands where a line begins or ends; a block without its second goes to the end
+    r"(?:^[ \t]*```+[^\n`]*|(?<=[\s:])```[\w+#.-]*[ \t]*\r?)\n(.*?)"
+    r"(?:(?=^[ \t]*```+[\w+#.-]+[ \t]*\r?\n)|^[ \t]*```|```[ \t]*\r?$|\Z)", re.S | re.M)
 
-def math_gold(row):
-    box = last_box(row["solution"]) if type(row.get("solution")) is str else None
-    gold = box if row.get("answer") is None else row["answer"]
-    right = type(gold) in (str, int) or type(gold) is float and math.isfinite(gold)
-    return str(gold).strip() if right else None  # a list can never be right
+def math_golds(row):
+    """The answer, no list; else the solution's boxes together, or each alone if one is `also accepted`."""
+    gold, rest, boxes = row.get("answer"), row.get("solution"), []
+    if type(rest) is str and (gold is None or not str(gold).strip()):
+        while (box := last_box(rest)) is not None:
+            boxes, rest = [box, *boxes], rest[:rest.rindex("\\boxed")]
+        gold = ", ".join(dict.fromkeys(boxes)) or "proof"
+    gold = str(gold) if type(gold) in (str, int) or type(gold) is float and math.isfinite(gold) else ""
+    golds = [x.strip() for x in (boxes if boxes and "also accept" in row["solution"] else [gold])]
+    blank, missing = r"(?:\\q?quad|\\[,;:! ]|[\s.,;:])*", ("proof", "notfound")  # as NuminaMath-1.5 has them
+    return ["" if x in missing else None if re.fullmatch(blank, MARKS.sub("", x)) else x for x in golds]
 
 def math_(said, row):
     """Equal to the gold as mathematics: see extras/mathematics.py."""
     from extras import mathematics
-    return mathematics.equal(math_gold(row), said)
+    return any(mathematics.equal(gold, said, row["problem"]) for gold in math_golds(row) if gold)
 
 def bare(text):
-    """A choice's text without bold, box, backticks, case, final full stop and extra white space."""
-    return " ".join(MARKS.sub("", text).casefold().split()).rstrip(". ")
+    """A choice's text without bold, box, backticks, final full stop, extra white space; dashes are `-`."""
+    return " ".join(MARKS.sub("", text).translate({0x2212: "-", 0x2013: "-"}).split()).rstrip(". ")
+
+def named(text, choices):
+    """Labels of the choices with just this bare text, or else of the only one that has it in another case."""
+    found = [label for label, of in choices.items() if of.casefold() == text.casefold()]
+    return [label for label in found if choices[label] == text] or found * (len(found) == 1)
 
 def arc(said, row):
-    """Exactly one of the row's labels (`B`, `(B)`, `B.`, `B) text`, `B - text`), or one choice's text."""
-    if len(said) > 2000:
-        return False
-    choices = dict(zip(row["choices"]["label"], row["choices"]["text"]))
-    labels = "|".join(map(re.escape, choices))
-    label = re.fullmatch(rf"\(?({labels})\)?(?:(?:[.:),]\s*|\s+-?\s*)(.*))?", MARKS.sub("", said), re.S)
-    if label and (not label[2] or bare(label[2]) == bare(choices[label[1]])):
-        return label[1] == row["answerKey"]
-    return [name for name, text in choices.items() if bare(text) == bare(said)] == [row["answerKey"]]
+    """Exactly one label (`B`, `(B)`, `B.`, `B) text`, `B - text`, `Answer: B`), or one choice's text."""
+    choices, key = dict(zip(row["choices"]["label"], map(bare, row["choices"]["text"]))), row["answerKey"]
+    labels, said = "|".join(map(re.escape, choices)), MARKS.sub("", said).strip() if len(said) <= 2000 else ""
+    for text in (said, LEAD.sub("", said)):
+        label = re.fullmatch(rf"\(?({labels})\)?(?:(?:[.:),]|\s+[-–](?=\s)|\s*—|\s)(.*))?", text, re.S)
+        found = named(bare(text), choices)
+        if label and (not label[2] or not found and label[1] in named(bare(label[2]), choices)):
+            return label[1] == key
+        if found:
+            return found == [key]
+    return False
 
 def arc_gold(row):
     labels, key = row["choices"]["label"], row["answerKey"]
-    fits_once = len(set(labels)) == len(labels) == len(row["choices"]["text"])
-    return key if fits_once and key in labels and arc(key, row) else None
+    return len(set(labels)) == len(labels) == len(row["choices"]["text"]) and arc(key, row) and key or None
 
 def code(said, row):
     """The last fenced block of the answer (or of a tail without one), or the bare answer, passes the tests;
     extras/sandbox.py says how it is run, and what that does not protect from."""
     from extras import sandbox
-    blocks = FENCED.findall(said[-200_000:]) or [re.sub(r"\A\s*```.*", "", said)]
-    return sandbox.passes(blocks[-1], row["test_list"], row.get("test_setup_code") or "")
+    program = dedent((FENCED.findall(said[-200_000:]) or [said.strip("`\n ")])[-1])
+    return sandbox.passes(program, row["test_list"], row.get("test_setup_code") or "")
 
 def code_gold(row):
     """The tests, unless they are no Python or say nothing: no program can pass those."""
@@ -247,27 +280,28 @@ def code_gold(row):
 # ------------------------------------------------------------------------------------ parts and scores
 TERM = r"(?:-?\(+)?-?[0-9]{1,12}(?:\.[0-9]{1,9})?\)*"
 SIDE = rf"{TERM}(?: ?[-+*/] ?{TERM})*"
-EQUATIONS = re.compile(rf"(?<![-+*/^=.()\w\\])(?<![-+*/^=(] ){SIDE}(?: ?= ?{SIDE})+"
+EQUATIONS = re.compile(rf"(?=[-(0-9])(?<![-+*/^=.()\w\\])(?<![-+*/^=(] ){SIDE}(?: ?= ?{SIDE})+"
                        r"(?![\w(^\\]| ?[-+*/^]|\.[0-9])")
 STEP = re.compile("[0-9)][-+*/]")  # of a side that is more than a number
-MARKUP = re.compile(r"\$|`|\\[()\[\]]|\*\*(?:(?![0-9(])|(?<![0-9)]\*\*))")  # but 2**3 is a power
-TIMES = re.compile("(?<=[0-9]) ?[xX] ?(?=[0-9])")
-GROUPS = re.compile("(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
+bare_steps = rewriter(
+    (r"\$|`|\\[()\[\]]|\*\*(?:(?![0-9(])|(?<![0-9)]\*\*))", " "),  # markup; but 2**3 is a power
+    *SIGNS, ("\t", " "), ("  +", " "), ("\n ?[-*\u2022] ", "\n"),  # bullets
+    (r"\.(?<=[0-9]\.)0+(?![0-9])", ""), (",(?<=[0-9],)(?=[0-9]{3}(?![0-9]))", ""),  # 5.0 is 5
+    (r"([0-9)])[/ ]?(?=[a-zA-Z]{2})(?!(?:dozen|hundred|thousand|million|half|squared|cubed|and|or|percent)\b)"
+     r"[a-zA-Z]{2,20}+(?:[ /][a-zA-Z]{2,20}+){0,2}(?= ?[-+*/=])", r"\1"),  # 3 pens/box *
+    ("[xX](?:(?<=[0-9)].)|(?<=[0-9)] .)) ?(?=[0-9(])", "* "),
+    (r"([-+*/(=] )([0-9]{1,9}) ([0-9]{1,9}/[0-9]{1,9})(?![0-9/])", r"\1(\2+\3)"))  # * 1 1/2
 
 def format_part(text, style):
-    """1.0: one non-empty reasoning block, one non-empty answer block, white space; no tag twice or nested."""
-    pieces = TAGS[style].split(text)
+    pieces = TAGS[style].split(text, 5)
     blank = [not piece or piece.isspace() for piece in pieces[::2]]
     in_order = pieces[1::2] == [f"<{style}>", f"</{style}>", "<answer>", "</answer>"]
     return float(in_order and blank == [True, False, True, False, True])
 
 def process_part(text, style, nums=None):
-    """Share of the distinct equations `3+5=8` of the reasoning that are true; 0 where there is none.
-
-    Repeating one, in whatever order, earns nothing more, an idle one nothing. With `nums`, operands must be
-    at hand: given numbers or results of true equations so far, each used up by the step with it. A step may
-    start from any point reached before, as several tries do. 200 equations and 64 points count.
-    """
+    """Repeating an equation, in any order, earns nothing more, an idle one nothing. With `nums`, operands
+    must be at hand: given numbers or results of true equations so far, each used up by the step with it. A
+    step may start from any point reached before, as several tries do. 200 equations and 64 points count."""
     reasoning = text.rpartition(f"</{style}>")[0][:20_000].rpartition(f"<{style}>")[2]
     pools, verdicts = [sorted(nums or ())], {}  # verdicts: None for an equation that is true and idle
     for one, other in equations(reasoning):
@@ -290,10 +324,8 @@ def process_part(text, style, nums=None):
 
 def equations(text):
     """The neighbouring sides, without spaces, of all equations of a text; `a=b=c` gives two pairs."""
-    text = "\n".join([line for line in text.split("\n") if "=" in line])
-    text = re.sub(r"[ \t]{2,}|\t", " ", plain_signs(MARKUP.sub(" ", text)))
-    text = re.sub(r"(?m)^ ?[-*\u2022] |(?<=[0-9])\.0+(?![0-9])", "", text)  # bullets; 5.0 is 5
-    for chain in EQUATIONS.findall(TIMES.sub("*", GROUPS.sub("", text))):
+    text = "".join(["\n" + line for line in text.split("\n") if "=" in line])
+    for chain in EQUATIONS.findall(bare_steps(text)):
         sides = []
         for side in chain.replace(" ", "").split("="):
             surplus = side.count("(") - side.count(")")  # of the text around its equation: (so 3+5=8)
@@ -323,17 +355,17 @@ def idle(one, other):
     if not STEP.search(result) and operands(result)[0] not in operands(steps):
         return False
     def stand_in(match):  # another number for each, the same for the same
-        digits, number = match[0], Fraction(match[0])
-        return digits if number in (0, 1) else str(pow(int(number * 10**9), 5, 999_983) + 2)
+        number = Fraction(match[0])
+        return match[0] if number in (0, 1) else str(pow(int(number * 10**9), 5, 999_983) + 2)
     left, right = (evaluate(OPERAND.sub(stand_in, side), 2000) for side in (one, other))
-    return left is not None and right is not None and left[0] == right[0]
+    return left and right and left[0] == right[0]
 
 def grade(task, text, row, style, strict):
     """(1.0 if the answer is right, else 0.0; the answer). A program may stand in the tail without tags."""
     said = answer(text, style, strict or task == "code", row["choices"]["label"] if task == "arc" else None)
     if task == "code" and said is None:
         rest = tail(text, style) or ""
-        said = rest if FENCED.search(rest) else None
+        said = rest if rest.count("```") > 1 and FENCED.search(rest) else None  # a closed block
     return float(bool(said) and bool(TASKS[task]["grade"](said, row))), said
 
 def correct(task, text, row, style="reasoning", strict=True):
@@ -343,13 +375,14 @@ def correct(task, text, row, style="reasoning", strict=True):
 def score(task, text, row, style="reasoning", weights=None, n_tokens=None, length=LENGTH, strict=True):
     """Every part by name, and their weighted sum "reward"; what `weights` does not name weighs nothing."""
     right, said = grade(task, text, row, style, strict)
-    of = TASKS[task]
+    of, tags = TASKS[task], TAGS[style].split(text, 5)[1::2]  # of more than four, one is repeated
     parts = {
         "correct": right,
         "format": format_part(text, style),
         "length": 0 - min(1.0, max(0, (n_tokens or 0) - length[0]) / max(length[1] - length[0], 1e-9)),
         "process": process_part(text, style, row.get(of.get("at_hand"))),
         "efficiency": of["efficiency"](said, row) if right and "efficiency" in of else 0.0,
+        "tags": len(tags) / 4 if len(tags) == len(set(tags)) else 0.0,
     }
     weights = WEIGHTS if weights is None else weights
     # summed exactly and rounded, so that rounding cannot put a wrong answer above a right one
@@ -386,9 +419,9 @@ First reason step by step between <{1}> and </{1}>. Then give the answer alone b
 
 # columns: name -> type, a list of one type, or a dict of columns; data: a source's default PATH, and after a
 # blank its configuration on the hub; instruction: the system turn before the form; ask: row -> the user turn;
-# grade: (said, row) -> is it right; gold: row -> the right answer, None or "" if none can be; needs: what
-# load_rows() says then. And where a task has it, worked: row -> (reasoning, answer), to train on and to show;
-# extra: the file in extras/ that grades it; at_hand: the column of numbers for process; efficiency.
+# grade: (said, row) -> is it right; gold: row -> the right answer, "" to leave the row out, None if none can
+# be right; needs: what load_rows() says then. And where a task has it, worked: row -> (reasoning, answer), to
+# train on and show; extra: the file in extras/ that grades it; at_hand: process's column; efficiency.
 TASKS = {
     "countdown": {
         "columns": {"nums": [int], "target": int}, "data": "data/countdown", "grade": countdown,
@@ -414,9 +447,9 @@ TASKS = {
         "columns": {"problem": str}, "data": "HuggingFaceH4/MATH-500", "grade": math_, "extra": "mathematics",
         "instruction": "You solve mathematics problems. The answer is the final result alone, in LaTeX, "
                        "simplified and exact.",
-        "ask": lambda row: row["problem"], "gold": math_gold,
+        "ask": lambda row: row["problem"], "gold": lambda row: math_golds(row)[0],
         "needs": "needs a text or number as 'answer', or a 'solution' with a \\boxed{}",
-        "worked": lambda row: (row.get("solution"), math_gold(row)),
+        "worked": lambda row: (row.get("solution"), math_golds(row)[0]),
     },
     "arc": {
         "columns": {"question": str, "choices": {"text": [str], "label": [str]}, "answerKey": str},
@@ -436,8 +469,8 @@ TASKS = {
         "instruction": "You write Python programs. The answer is the whole program in one fenced block "
                        "(```python), with its imports, without tests or examples of use.",
         # MBPP's own prompt: without the tests the function's name would be a guess
-        "ask": lambda row: f"{row['text']}\nYour code should pass these tests:\n\n" + "\n".join(
-            row["test_list"]),
+        "ask": lambda row: "\n".join(
+            [row["text"], "Your code should pass these tests:\n", *row["test_list"]]),
         "needs": "'test_list' and 'test_setup_code' must be Python, and 'test_list' not empty",
         "worked": lambda row: ("The tests say what is asked for.", row.get("code") and f"```python\n"
                                f"{row['code'].strip()}\n```".replace("\r\n", "\n")),
@@ -449,12 +482,15 @@ def messages(task, row, style="reasoning"):
     return [{"role": "system", "content": FORM.format(TASKS[task]["instruction"], style)},
             {"role": "user", "content": TASKS[task]["ask"](row)}]
 
+def opening(prompt, style="reasoning"):
+    """The tag that opens the reasoning if a prompt ends in it: it belongs to the completion. Else ""."""
+    return f"<{style}>" if prompt.rstrip().endswith(f"<{style}>") else ""
+
 def worked_completion(task, row, style="reasoning"):
     """A row's worked answer as the completion that a model is to write; DataError where it has none."""
     worked = TASKS[task]["worked"](row) if "worked" in TASKS[task] else None
     if worked and all(isinstance(part, str) for part in worked):
-        reasoning, said = worked
-        text = f"<{style}>{reasoning.strip()}</{style}>\n<answer>{said.strip()}</answer>"
+        text = "<{0}>{1}</{0}>\n<answer>{2}</answer>".format(style, *map(str.strip, worked))
         if format_part(text, style):  # neither is empty, and neither holds a tag
             return text
     raise DataError(f"{task}: a row without a worked answer: countdown needs `trace` and `trace_answer`, or "
@@ -465,15 +501,14 @@ def worked_completion(task, row, style="reasoning"):
 def load_rows(source, split):
     """Rows of a SOURCE, `TASK[=PATH][:N]`, each checked and with its "task" added; else DataError.
 
-    split: train, val or test. PATH is a .jsonl or .parquet file (whatever the split), a folder that holds
-    {split}.jsonl or {split}.parquet, or a hub id; without PATH, the task's default. N takes the first N rows.
-    A math row that has but a solution, without a box, is a proof: it cannot be scored and is left out."""
-    spec, colon, count = source.rpartition(":") if ":" in source else (source, "", "")
-    task, equals, path = spec.partition("=")
-    if task not in TASKS:
-        raise DataError(f"{source}: no task '{task}'; those of TASK[=PATH][:N] are {', '.join(TASKS)}")
-    if colon and not re.fullmatch("0*[1-9][0-9]{0,11}", count) or equals and not path:
-        raise DataError(f"{source}: a source is TASK[=PATH][:N], N the number of rows to take, 1 or more")
+    split: train, val or test. PATH is a .jsonl, .json or .parquet file (whatever the split), a folder that
+    holds the split's, whole or in shards, or a hub id; without PATH, the task's default. N takes the first N
+    rows. A math row without an answer (a proof) is left out; a line on stderr says how many are."""
+    match = re.fullmatch(r"([^=:]*)(?:=([^:]+|(?s:.+)(?=:)))?(?::0*([1-9][0-9]{0,11}))?", source)
+    if not match or match[1] not in TASKS:
+        raise DataError(f"{source}: a source is TASK[=PATH][:N], N the number of rows to take, 1 or more; "
+                        f"there is no task but {', '.join(TASKS)}")
+    task, path, count = match.groups()
     extra = TASKS[task].get("extra")
     if extra and not Path(__file__).with_name("extras").joinpath(f"{extra}.py").is_file():
         raise DataError(f"{source}: the task {task} needs extras/{extra}.py beside rewards.py")
@@ -482,18 +517,20 @@ def load_rows(source, split):
     if task == "code" and not code("def f(): return 1", {"test_list": ["assert f() == 1"]}):
         raise DataError(f"{source}: this machine does not let extras/sandbox.py run programs")
     default, _, config = TASKS[task]["data"].partition(" ")
-    found = read_rows(path or default, split, config if path in ("", default) else "")
-    rows = []
-    for place, row in found:
+    rows, left_out = [], 0
+    for place, row in read_rows(path or default, split, config if path in (None, default) else ""):
         check(row, TASKS[task]["columns"], place)
-        if TASKS[task]["gold"](row) not in (None, ""):
-            rows.append({**row, "task": task})
-        elif task != "math" or row.get("answer") is not None or type(row.get("solution")) is not str:
+        gold = TASKS[task]["gold"](row)
+        if gold is None:
             raise DataError(f"{place}: {TASKS[task]['needs']}")
-        if colon and len(rows) == int(count):
+        left_out += gold == ""
+        rows += [{**row, "task": task}] * (gold != "")
+        if count and len(rows) == int(count):
             break
     if not rows:
         raise DataError(f"{path or default}: holds no rows that can be scored")
+    if left_out and os.environ.get("RANK", "0") == "0":
+        print(f"{path or default}: rows left out, as they have no answer: {left_out}", file=sys.stderr)
     return rows
 
 def check(row, columns, place):
@@ -501,15 +538,12 @@ def check(row, columns, place):
     if not isinstance(row, dict):
         raise DataError(f"{place}: a row must be an object with the columns {', '.join(columns)}")
     for column, kind in columns.items():
-        if column not in row:
-            raise DataError(f"{place}: column '{column}' is missing (needed are {', '.join(columns)})")
-        if not fits(row[column], kind):
+        if column not in row or not fits(row[column], kind):
             wanted = json.dumps(kind, default=lambda kind: kind.__name__).replace('"', "")
-            given = json.dumps(row[column], default=str)[:60]
+            given = json.dumps(row[column], default=str)[:60] if column in row else "missing"
             raise DataError(f"{place}: column '{column}' must be {wanted}, not {given}")
 
 def fits(value, kind):
-    """kind: a type, a list of one kind, or a dict of columns with theirs."""
     if isinstance(kind, list):
         return isinstance(value, list) and all(fits(item, kind[0]) for item in value)
     if isinstance(kind, dict):
@@ -520,47 +554,47 @@ def read_rows(path, split, config):
     """Yields (place, row) for each row of a file, a folder or a hub id; place is its file and line."""
     here = Path(os.path.expanduser(path))  # which leaves ~nobody as it is
     try:
-        if here.is_dir():
-            stems = ("val", "validation") if split == "val" else (split,)
+        files = [here]
+        if here.is_dir():  # the whole file, or else all its shards, in order
             held = sorted(here.iterdir())
-            files = [file for file in held if file.stem in stems and file.suffix in (".jsonl", ".parquet")]
+            name = rf"({'val|validation' if split == 'val' else split})(-\d+-of-.+)?\.(jsonl?|parquet)"
+            found = [file for file in held if re.fullmatch(name, file.name)]
+            files = [file for file in found if "-of-" not in file.name][:1] or [
+                file for file in found if re.search(rf"-of-0*{len(found)}\b", file.name)]
             if not files:
                 names = ", ".join(file.name for file in held[:8]) or "nothing"
-                raise DataError(f"{here}: holds no {split}.jsonl or {split}.parquet, but {names}")
-            here = files[0]
-        if here.suffix == ".jsonl":
-            yield from jsonl_rows(here)
-        elif here.suffix == ".parquet":
-            from pyarrow.parquet import read_table
-            for i, row in enumerate(read_table(here).to_pylist(), 1):
-                yield f"{here}, row {i}", row
-        elif here.exists():
-            raise DataError(f"{here}: a data file must end in .jsonl or .parquet")
-        elif re.fullmatch(r"(?!data/)\w[\w.-]*/[\w.-]+", path):  # OWNER/NAME; data/NAME is a folder not there
-            yield from hub_rows(path, split, config)
-        else:
-            raise DataError(f"{here}: no such file or folder")
-    except (OSError, ValueError, ImportError) as error:
+                raise DataError(f"{here}: no {split}.jsonl or {split}.parquet (or all shards), but {names}")
+        for here, rows in ((file, ()) for file in files):
+            if here.suffix == ".jsonl":
+                yield from jsonl_rows(here)
+            elif here.suffix == ".json":
+                rows = json.loads(here.read_bytes())
+                json.dumps(rows, ensure_ascii=False).encode()  # as in jsonl_rows
+            elif here.suffix == ".parquet":
+                from pyarrow.parquet import read_table
+                rows = read_table(here).to_pylist()
+            elif not here.exists() and re.fullmatch(r"(?!data/)\w[\w.-]*/[\w.-]+", path):  # no data/NAME
+                rows = hub_rows(path, split, config)
+            else:
+                raise DataError(f"{here}: no such file or folder; files must end in .jsonl, .json, .parquet")
+            yield from ((f"{here}, row {i}", row) for i, row in enumerate(rows, 1))
+    except (OSError, ValueError, ImportError, TypeError, RecursionError) as error:
         raise DataError(f"{here}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 def jsonl_rows(file):
     with open(file, "rb") as lines:
         for i, line in ((i, line) for i, line in enumerate(lines, 1) if line.strip()):
-            place = f"{file}, line {i}"
             try:
                 row = json.loads(line.decode("utf-8-sig"))
                 json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate could not be written again
-            except json.JSONDecodeError as error:
-                raise DataError(f"{place}, column {error.colno}: broken JSON ({error.msg})") from None
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{place}: cannot be read ({error})") from None
-            yield place, row
+                column, why = getattr(error, "colno", 1), getattr(error, "msg", error)
+                raise DataError(f"{file}, line {i}, column {column}: cannot be read ({why})") from None
+            yield f"{file}, line {i}", row
 
 def hub_rows(path, split, config):
     try:
         from datasets import load_dataset
-        loaded = load_dataset(path, config or None, split={"val": "validation"}.get(split, split))
+        return load_dataset(path, config or None, split={"val": "validation"}.get(split, split))
     except Exception as error:  # no network, no such set, no such split, no such library: many types
         raise DataError(f"{path}: not here, nor on the hub: {' '.join(str(error).split())[:200]}") from None
-    for i, row in enumerate(loaded, 1):
-        yield f"{path}, row {i}", row

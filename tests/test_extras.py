@@ -87,6 +87,13 @@ def f(x): return ('\\0remote', 'callable', 10 ** 9)
 def f(x): return ('\\0remote', 'object', "0] or __import__('os')._exit(0) or [0")
 ##### forged_kind
 def f(x): return ('\\0remote', 'float', ['1'])
+##### forged_number_of_a_gigabyte
+def f(x): return ('\\0remote', 'Fraction', '1e999999999')
+##### forged_call_of_a_function_of_the_tests
+import os
+def f(x):
+    os.write(4, b'(None, -1, ((), {}))\\n')
+    return ('\\0remote', 'callable', 0)
 ##### error_of_every_kind
 def f(x): raise type('KeyboardInterrupt', (Exception,), {})('x')
 ##### equal_to_everything
@@ -319,9 +326,101 @@ def test_cheats_leave_no_process_behind(verdicts):
     ("LIMIT = 5\nseen = []\ndef f(x): seen.append(x)",
      ["assert LIMIT + 1 == 6 and not callable(LIMIT) and not callable(seen)",
       "f(1)\nseen.append(2)\nassert seen == [1, 2]"]),
+    ("def f(g, *args): return sorted(args, key=g)",
+     ["assert f(lambda x: -x, 1, 3) == [3, 1]", "assert f(len, 'ab', 'c') == ['c', 'ab']",
+      "import operator\nassert f(operator.neg, 1, 3) == [3, 1]"]),
+    ("def f(g):\n    try: g(0)\n    except ZeroDivisionError as e: said = str(e)\n    return lambda x: [said, g(x)]",
+     ["def g(x):\n    return len(h) / x\nh = [1, 2]\nassert f(g)(4) == ['division by zero', 0.5]"]),
+    ("class H:\n    def __init__(self, key): self.key = key\n    def top(self, *a): return max(a, key=self.key)",
+     ["assert H(lambda h: h.n)", "h = H(lambda x: -x)\nassert h.top(3, 1) == 1 and h.top(5, 2) == 2",
+      "a, b = H(1), H(2)\nassert H(lambda h: h.key).top(a, b).key == 2"]),
+    ("def f(a, kind): return [kind(x) for x in a if not isinstance(x, kind)]",
+     ["from fractions import Fraction\nassert f([Fraction(1), 2], Fraction) == [Fraction(2)]",
+      "assert f([1, '2'], int) == [2]"]),
+    ("def f(x): return x + x",
+     ["from collections import Counter, deque\nassert f(Counter('a')) == Counter('aa')\nq = deque([1])\n"
+      "assert f(q) == deque([1, 1]) and q.popleft() == 1",
+      "from fractions import Fraction\nassert f(Fraction(1, 2)) == 1 and f(Fraction(1, 3)) < 0.7",
+      "from decimal import Decimal\nassert f(Decimal('1.50')) == Decimal('3')"]),
+    ("def f(q, d): q.appendleft(0); d['a'] += 1; d.move_to_end('a')",
+     ["from collections import OrderedDict, deque\nq, d = deque([1]), OrderedDict(a=1, b=2)\nf(q, d)\n"
+      "assert q == deque([0, 1]) and d == OrderedDict(b=2, a=2)"]),
+    ("def f(a): return list(a)\ndef keys(d): return d.keys()\ndef items(d): return d.items()",
+     ["d = {'b': 1, 'a': 2}\nassert f(d.items()) == [('b', 1), ('a', 2)] and sum(f(d.values())) == 3",
+      "assert f(x * x for x in range(3)) == f(map(int, '014')) == [0, 1, 4]",
+      "assert keys({'b': 1, 'a': 2}) == {'a', 'b'} and list(keys({'b': 1, 'a': 2})) == ['b', 'a']",
+      "assert items({'a': 1}) == {('a', 1)} and dict(items({'a': 1})) == {'a': 1}"]),
+    ("import datetime\ndef f(n): return datetime.date(2020, 1, n), range(n)",
+     ["import datetime\nassert f(2) == (datetime.date(2020, 1, 2), range(2))"]),
 ])
 def test_right_program_passes(program, tests, apart):
     assert sandbox.passes(program, tests, "", apart)
+
+
+@pytest.mark.parametrize("value, expected", [
+    ("type('A', (), {'__index__': lambda self: 2})()", "2"),
+    *[(f"type('A', (), {{'__repr__': lambda self: {expected!r}}})()", expected)
+      for expected in ("4", "'a'", "[1, 2]", "None")],
+    ("OrderedDict(b=2, a=1)", "OrderedDict(a=1, b=2)"), ("Counter('aab')", "Counter('aabb')"),
+    ("Fraction(5, 2)", "2"), ("'1/2'", "Fraction(1, 2)"), ("{'a': 1}.keys()", "['a']"), ("deque('ab')", "['a', 'b']"),
+    ("lambda x: x", "f"), ("int", "str")])
+def test_what_only_looks_like_the_value_is_not_it(value, expected):
+    names = "from collections import Counter, OrderedDict, deque\nfrom fractions import Fraction\n"
+    test = f"{names}assert f() == {expected}"
+    assert not sandbox.passes(f"{names}def f(): return {value}", [test])
+    if expected != "f":
+        assert sandbox.passes(f"{names}def f(): return {expected}", [test])
+
+
+@both_ways
+def test_a_program_may_use_numpy_and_start_threads_within_the_limit(apart):
+    numpy = pytest.importorskip("numpy")
+    program = dedent("""
+        import threading, time
+        import numpy as np
+        def total(n): return (np.ones((n, n)) @ np.ones((n, n))).sum()
+        def f(x): return np.array(x)
+        def g(x): return np.float32(x), np.bool_(x), np.int64(x)
+        def threads(n):
+            for i in range(n):
+                try: threading.Thread(target=time.sleep, args=(0.2,), daemon=True).start()
+                except RuntimeError: return i
+            return n
+        """)
+    assert numpy and sandbox.passes(program, [
+        "assert total(300) == 300 ** 3", "assert g(1) == (1.0, True, 1)", "assert threads(3) == 3",
+        "assert threads(500) < 500"], "", apart)
+    assert not sandbox.passes(program, ["assert f(2.7) == 2"], "", apart)
+
+
+def test_where_there_are_no_namespaces_no_other_process_and_no_whole_disk_is_in_reach():
+    program = dedent("""
+        import ctypes, errno, fcntl, os, socket, struct
+        libc = ctypes.CDLL(None, use_errno=True)
+        def f(pid):
+            end, fd = os.pipe()[0], os.open('file', os.O_RDWR | os.O_CREAT)
+            ends, word = socket.socketpair(), struct.pack('i', pid)
+            calls = {
+                'F_SETOWN': (libc.fcntl, end, 8, pid), 'F_SETSIG': (libc.fcntl, end, 10, 9),
+                'F_SETOWN_EX': (libc.fcntl, end, 15, struct.pack('ii', 1, pid)),
+                'FIOSETOWN': (libc.ioctl, ends[0].fileno(), 0x8901, word),
+                'SIOCSPGRP': (libc.ioctl, ends[0].fileno(), 0x8902, word),
+                'affinity': (libc.sched_setaffinity, pid, 128, b'\\1' + bytes(127)),
+                'scheduler': (libc.sched_setscheduler, pid, 3, bytes(4)),
+                'parameters': (libc.sched_setparam, pid, bytes(4)),
+                'attributes': (libc.syscall, {'x86_64': 314, 'aarch64': 274}[os.uname().machine], pid, bytes(64), 0),
+                'priority': (libc.setpriority, 0, pid, 19),
+                'memory': (libc.process_vm_readv, pid, None, 0, None, 0, 0),
+                'memory, written': (libc.process_vm_writev, pid, None, 0, None, 0, 0),
+                'disk': (libc.fallocate, fd, 1, ctypes.c_long(0), ctypes.c_long(2 << 30))}
+            for name, (call, *args) in calls.items():
+                ctypes.set_errno(0)
+                if call(*args) >= 0 or ctypes.get_errno() != errno.EPERM:
+                    return name
+            fcntl.fcntl(end, fcntl.F_SETFL, os.O_NONBLOCK)
+            return 'none'
+        """)
+    assert sandbox.passes(program, [f"assert f({os.getpid()}) == 'none'"], "", False)
 
 
 def test_setup_comes_before_the_tests():
@@ -514,7 +613,8 @@ CASES = [json.loads(line) for line in (HERE / "math_cases.jsonl").read_text().sp
 
 
 def test_pairs_of_answers_get_the_verdict_they_must():
-    wrong = [case for case in CASES if mathematics.equal(case["gold"], case["said"]) != case["want"]]
+    wrong = [case for case in CASES
+             if mathematics.equal(case["gold"], case["said"], case.get("problem", "")) != case["want"]]
     assert wrong == []
 
 
@@ -563,6 +663,31 @@ def test_a_comparison_that_hangs_is_ended_and_the_next_one_works(monkeypatch):
     assert not mathematics.equal("18", "(10^{8})!")
     assert time.time() - started < 30
     assert mathematics.equal("5\\sqrt{5}", "\\sqrt{125}")
+
+
+def test_the_seconds_hold_for_a_whole_comparison(monkeypatch):
+    assert mathematics.equal("2\\sqrt{7}", "\\sqrt{28}")
+    monkeypatch.setattr(mathematics, "SECONDS", 0)  # none are left for the sides of this chain
+    assert not mathematics.equal("3\\sqrt{7}", "\\sqrt{63}=\\sqrt{9\\cdot7}")
+    monkeypatch.setattr(mathematics, "SECONDS", 2)
+    assert mathematics.equal("7\\sqrt{7}", "\\sqrt{343}=\\sqrt{49\\cdot7}")
+
+
+UNITS = ("{", "\\frac{1}", "\\boxed{", "\\text{a}", "\\pm1", "\\or ", "x=1\\or ", "\n", "\\sqrt[3]", "(1,", "\\!", "1\\,000",
+         "\\quad ", "=\\boxed{", "```", "\\sin1\\text{degree}", "1%", "1 million", "\\{x|x>", ")U(", "x<1\\or ", "(A)1",
+         "x_1=1,", "1 to ", "√", "cm ", "\\overline{1}", "Aa ", "f(", "1/2", "|x|", "<=", "and ")
+
+
+@pytest.mark.parametrize("name", ["REWRITES", "NOUNS", "UNIT", "NAME", "CHOICE", "READABLE", "UNCLEAR"])
+def test_no_pattern_reads_a_repeated_unit_in_many_ways(name):
+    patterns = [pattern for pattern, _ in mathematics.REWRITES] if name == "REWRITES" else [getattr(mathematics, name)]
+    started = time.process_time()
+    for unit in UNITS:
+        for text in ("1" + unit * 300)[:800], (unit * 300)[:800] + "@", "=" + (unit * 300)[:800] + "}":
+            for pattern in patterns:
+                pattern.search(text)
+                pattern.fullmatch(text)
+    assert time.process_time() - started < 8  # an ambiguous one takes years
 
 
 def test_a_worker_that_was_killed_is_replaced():

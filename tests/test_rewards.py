@@ -121,6 +121,7 @@ else:
         parts = rewards.score(task, text, row, style, strict=strict)
         assert parts["correct"] in (0.0, 1.0) and parts["format"] in (0.0, 1.0) and parts["length"] == 0
         assert 0 <= parts["process"] <= 1 and 0 <= parts["efficiency"] <= 1 and math.isfinite(parts["reward"])
+        assert parts["tags"] in (0.0, 0.25, 0.5, 0.75, 1.0) and parts["tags"] >= parts["format"]
         assert row == ROWS[task]
 
     @CALM
@@ -149,14 +150,14 @@ else:
     @CALM
     @given(
         task=st.sampled_from(FAST),
-        others=st.tuples(PART, PART, PART, PART),
+        others=st.tuples(PART, PART, PART, PART, PART),
         more=st.floats(0, 1),
         n_tokens=st.one_of(st.none(), st.integers(0, 2000)),
         reasoning=TEXTS,
         ugly=TEXTS,
     )
     def test_no_wrong_answer_outscores_a_right_one(task, others, more, n_tokens, reasoning, ugly):
-        names = ("format", "length", "process", "efficiency")
+        names = ("format", "length", "process", "efficiency", "tags")
         weights = dict(zip(names, others), correct=math.fsum(others) + more)
         for text in ("2+3=5 5*4=20", "9+9=18", reasoning):
             wrong = rewards.score(task, completion(WRONG[task], text), ROWS[task], weights=weights)
@@ -214,6 +215,31 @@ def test_loading_takes_neither_torch_nor_a_tenth_of_a_second():
     assert outs[0][1] == "none" and min(float(out[0]) for out in outs) < 0.1
 
 
+# ------------------------------------------------------------------------------------ choices
+@pytest.mark.parametrize("texts, key, right, wrong", [
+    (["T", "tt", "Tt", "TT"], "C", ["C", "Tt", "**Tt**", "C) Tt", "(C) Tt.", "Answer: Tt"],
+     ["tt", "TT", "tT", "C) tt", "C: TT", "C - tT", "Answer: TT"]),
+    (["Gas", "gas"], "A", ["Gas"], ["GAS", "gas", "A) gas", "A) GAS"]),
+    (["oxygen", "carbon dioxide", "helium", "nitrogen"], "B",
+     ["Answer: B", "answer: (B)", "The answer is B.", "Option B", "option **B**", "Choice B: carbon dioxide",
+      "The correct answer is (B) Carbon Dioxide.", "Answer: option B", "Final answer: carbon dioxide",
+      "B \u2013 carbon dioxide", "B \u2014 carbon dioxide", "B\u2014carbon dioxide", "B - carbon dioxide", "B\ncarbon dioxide"],
+     ["Answer: A", "Option C", "Answer: not B", "Not B", "Options B", "Option B or C", "Answer: B, C", "B B", "Answer:",
+      "Answer: B Answer: C", "Incorrect answer: B", "wrong answer: B", "Option B is wrong", "B \u2013 helium",
+      "A \u2013 carbon dioxide", "B \u2013", "B carbon dioxide D", "B, helium", "answer is not: B"]),
+    (["-2 m/s", "2 m/s", "-20 m/s", "20 m/s"], "A",
+     ["A) -2 m/s", "(A) -2 m/s", "A. -2 m/s", "A - -2 m/s", "A \u2013 \u22122 m/s", "A: \u22122 m/s", "\u22122 m/s",
+      "A -2 m/s", "$-2$ m/s"],
+     ["2 m/s", "B) -2 m/s", "A) 2 m/s", "A - 2 m/s", "B -2 m/s", "A) -20 m/s", "A \u2014 2 m/s"]),
+])
+def test_a_choice_is_one_label_or_one_text_or_both(texts, key, right, wrong):
+    row = {"choices": {"text": texts, "label": list("ABCD"[:len(texts)])}, "answerKey": key}
+    assert [said for said in right if not rewards.arc(said, row)] == []
+    assert [said for said in wrong if rewards.arc(said, row)] == []
+    others = [{**row, "answerKey": other} for other in row["choices"]["label"] if other != key]
+    assert [said for said in right for other in others if rewards.arc(said, other)] == []
+
+
 # ------------------------------------------------------------------------------------ numbers
 @pytest.mark.parametrize("gold, said", [
     ("-57", "Answer: \\boxed{-57}"), ("-57", "The total is **-57**"), ("-57", "Answer: $-57$"),
@@ -226,7 +252,7 @@ def test_labels_markup_and_units_are_no_part_of_a_number(gold, said):
 
 
 @pytest.mark.parametrize("said", [
-    "5 halves", "5 thirds", "5 tenths", "5 quarters", "5 sixteenths", "5 hundredths", "5 quadrillion", "H5",
+    "5 halves", "5 thirds", "5 tenths", "5 quarters of it", "5 sixteenths", "5 hundredths", "5 quadrillion", "H5",
     "5 billions", "negative: 5", "minus: 5", "half: 5", "twice: 5", "5 false", "false: 5", "5 wrong", "5 mil",
     "5 squared", "5 below zero", "5 a.m.", "5 PM", "5 BC", "5 x", "5n", "5 a", "5 B", "5 fold", "5th",
     "5 degrees north", "at least: 5",
@@ -238,6 +264,46 @@ def test_words_that_change_a_value_make_it_wrong(said):
 def test_a_minus_between_two_things_is_no_sign():
     for said in ("x-57", "$x$-57", "total -57", "20-57", "- -57", "-$-57"):
         assert not rewards.gsm8k(said, {"answer": "#### -57"}), said
+
+
+READ = [
+    (5, "5 miles"), (5, "5 milk bottles"), (5, "5 milliliters"), (5, "5 millimeters"), (5, "5 bills"),
+    (5, "5 centimeters"), (5, "5 cents"), (5, "5 military medals"), (5, "5 times"), (5, "5 times a day"),
+    (5, "5 quarters"), (5, "5 third graders"), (5, "5 two-liter bottles"), (10, "10 percent"), (10, "10%"),
+    (10, "10 fewer"), (10, "Third day: 10"), (10, "She has a total of 10 apples"), (90, "Her score is 90"),
+    (500, "Grand total: $500"), (500, "Gross income: $500"), (36, "Cost per dozen: $36"),
+    (8, "Number of quarters: 8"), (8, "Number of dimes = 8"), (18, "18 m^2"), (18, "18 m²"), (18, "18 ft²"),
+    (18, "18 cm^{3}"), (18, "18~\\text{dollars}"), (18, "\\displaystyle 18"), (18, "Rs. 18"), (18, "Rs 18"),
+    (18, "= 18"), (5, "She has 5 apples left."), (5, "So, Janet's total is $5."),
+    (18, "Janet makes $18 every day at the farmers' market."), (18, "Janet makes 18 dollars every day."),
+    (5, "There are 5 apples left in the basket."), (5, "He needs 5 more hours."), (5, "5 apples are left."),
+    (5, "The answer is 5"), (5, "The answer is 5 apples."), (5, "Answer: 5"), (5, "Total = $5.00"),
+    (5, "Total cost: 5 USD"), (5, "USD 5"), (5, "US$5"), (5, "5 dollars per hour"), (5, "5 USD"), (5, "5°C"),
+    (5, "5 km/h"), (5, "5 mph"), (5, "\\boxed{5 \\text{ apples}}"), (5, "\\[\n5\n\\]"),
+    (5, "\\text{5 apples}"), (5, "5 \\text{ apples}"), (5, "$5$ apples"), (5, "5 sq ft"), (5, "5 people"),
+    (5, "5 square feet"), (5, "5 pairs"), (5, "5 feet tall"),]
+CHANGED = [
+    (5, "5 lacs"), (5, "5 Mio."), (5, "5 Mrd"), (5, "5 milliards"), (5, "5 tens"), (5, "5 thou"), (5, "5 K"),
+    (5, "5k"), (5, "5 mil"), (5, "5 mille"), (5, "5 bn"), (5, "5 tysiecy"), (5, "5 millones"),
+    (5, "5 milhoes"), (5, "5 milhões"), (5, "5 docenas"), (5, "5 dozijn"), (5, "5 Dutzend"), (5, "5 ribu"),
+    (5, "5 lakh rupees"), (5, "5 miljoen"), (5, "5 triệu"), (5, "5 centaines"), (5, "5 grand"),
+    (5, "5 score"), (5, "5 hundreds"), (5, "5 тысяч"), (5, "5千"), (5, "5 times three"),
+    (5, "5 quarters of a pizza"), (5, "5 thirds"), (10, "10/two"), (10, "10 six"), (10, "10 divided by two"),
+    (10, "10 percent of fifty"), (10, "10 out of twelve"), (10, "10 less two"), (10, "10 or eleven"),
+    (10, "never: 10"), (10, "never 10"), (10, "not: 10"), (10, "none: 10"), (10, "anything but 10"),
+    (10, "half of 10"), (10, "Double: 10"), (10, "two times: 10"), (10, "three quarters of 10"),
+    (10, "a third of 10"), (10, "a third of: 10"), (10, "The sum of two and 10"), (5, "Dozens: 5"),
+    (5, "Profit in thousands: 5"), (18, "x^2 = 18"), (18, "18 x^2"), (18, "18^2"), (18, "18 m^4"),
+    (18, "2 m^2 18"), (5, "There are twice 5 apples left"), (5, "She has at least 5 apples"),
+    (5, "She does not have 5 apples"), (5, "She has 5 dozen apples"), (5, "If she has 5 apples"),
+    (5, "Step 5"), (5, "He adds 5"), (5, "It takes him 5 hours to finish."), (5, "5 in base six"),
+    (5, "5 factorial"), (5, "5 squared"), (5, "5 p.m."), (5, "5 hundred"), (5, "The remainder of 5"),
+    (5, "anything except 5"), (5, "5 isn't right"), (5, "It isn't 5"), (5, "5 doesn't work"),]
+
+
+def test_a_number_is_read_in_what_models_write_around_it_and_no_other():
+    assert [pair for pair in READ if not rewards.gsm8k(pair[1], {"answer": f"#### {pair[0]}"})] == []
+    assert [pair for pair in CHANGED if rewards.gsm8k(pair[1], {"answer": f"#### {pair[0]}"})] == []
 
 
 @pytest.mark.parametrize("written, shortest", [
@@ -277,6 +343,15 @@ def test_process_cannot_be_farmed_with_true_but_foreign_equations():
     assert process(padding, [2, 3, 4]) == 0
     spun = " ".join(f"2+3=5 5+4=9 {'0+' * k}9=9" for k in range(1, 9))
     assert process(spun, [2, 3, 4]) < 0.3
+
+
+@pytest.mark.parametrize("text, share", [
+    ("24 x (1/6) = 4", 1), ("(1/6) x 24 = 5", 0), ("8 * 2 1/4 = 18", 1), ("8 * 2 1/4 = 17", 0),
+    ("3 apples + 5 apples = 8 apples", 1), ("16 eggs - 3 eggs = 12 eggs", 0), ("20 boxes * 3 pens/box = 60 pens", 1),
+    ("$10/hour * 5 hours = $50", 1), ("2 dozen + 3 = 5", 0), ("2x + 3 = 5", 0), ("3 feet 5 inches = 8", 0),
+])
+def test_an_equation_is_read_without_its_units(text, share):
+    assert process(text) == share
 
 
 def test_a_step_that_only_uses_up_a_number_still_moves_the_game():
@@ -348,6 +423,19 @@ def test_weights_name_the_parts_that_count():
     assert rewards.score("gsm8k", text, ROWS["gsm8k"], weights={"process": 2})["reward"] == 2
 
 
+@pytest.mark.parametrize("text, tags", [
+    ("18", 0), ("<think>a</think>", 0), ("<Answer>18</Answer>", 0), ("<reasoning>9+9", 0.25),
+    ("</answer>18<answer>", 0.5), ("<reasoning>9+9</reasoning> 18</answer>", 0.75), (completion("18"), 1),
+    ("so " + completion("18") + " it is", 1), (completion("18") + "<answer>", 0), (completion("18") * 2, 0),
+    ("<reasoning><reasoning>", 0), (completion("<answer>18"), 0),
+])
+def test_tags_earn_a_quarter_each_and_nothing_where_one_is_repeated(text, tags):
+    parts = rewards.score("gsm8k", text, ROWS["gsm8k"], weights={"tags": 2})
+    assert parts["tags"] == tags and parts["reward"] == 2 * tags
+    mirrored = text.replace("think>", "x>").replace("reasoning>", "think>")
+    assert rewards.score("gsm8k", mirrored, ROWS["gsm8k"], "think")["tags"] == tags
+
+
 def test_every_part_has_its_weight_and_the_default_lets_correct_decide():
     assert [*rewards.score("arc", "B", ROWS["arc"])] == [*rewards.WEIGHTS, "reward"]
     assert rewards.WEIGHTS["correct"] >= sum(rewards.WEIGHTS.values()) - rewards.WEIGHTS["correct"]
@@ -355,7 +443,7 @@ def test_every_part_has_its_weight_and_the_default_lets_correct_decide():
 
 def test_weights_are_read_from_the_command_line():
     read = rewards.parse_weights(["correct=1", "format=.2", "length=1e-2"])
-    assert read == {"correct": 1, "format": 0.2, "length": 0.01, "process": 0, "efficiency": 0}
+    assert read == {"correct": 1, "format": 0.2, "length": 0.01, "process": 0, "efficiency": 0, "tags": 0}
 
 
 @pytest.mark.parametrize("text", ["correct", "correct=", "=1", "style=1", "format=-1", "format=nan",
@@ -414,6 +502,19 @@ def test_a_worked_answer_is_a_right_completion(task, worked):
     assert rewards.worked_completion(task, ROWS[task], "think") == worked
     parts = rewards.score(task, worked, ROWS[task], "think")
     assert parts["correct"] == 1 and parts["format"] == 1
+
+
+@pytest.mark.parametrize("style", rewards.STYLES)
+def test_a_tag_that_the_prompt_opens_belongs_to_the_completion(style):
+    tag = f"<{style}>"
+    for end in (tag, f"{tag}\n", f"{tag} \n\n"):
+        assert rewards.opening(f"user: {tag} is a tag\nassistant: {end}", style) == tag
+    for prompt in ("", f"{tag}</{style}>\n\n", f"write {tag} first", f"</{style}>", "<x>", f"{style}>"):
+        assert rewards.opening(prompt, style) == ""
+    rest = completion("18", "9+9=18", style).removeprefix(tag)
+    parts = [rewards.score("gsm8k", begin + rest, ROWS["gsm8k"], style) for begin in ("", tag)]
+    assert [(part["format"], part["tags"], part["correct"]) for part in parts] == [(0, 0.75, 1), (1, 1, 1)]
+    assert rewards.correct("gsm8k", tag + "9+9 <answer>18</answer>", ROWS["gsm8k"], style) == 0  # cut off
 
 
 def test_a_trace_comes_before_the_solution():
@@ -488,6 +589,47 @@ def test_parquet_reads_like_jsonl(tmp_path):
         rewards.load_rows(f"gsm8k={tmp_path}", "train")
 
 
+def numbered(*answers):
+    return [{"question": f"{n}?", "answer": f"#### {n}"} for n in answers]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "json"])
+def test_the_shards_of_a_split_are_read_in_their_order(kind, tmp_path):
+    def save(name, rows):
+        if kind == "parquet":
+            pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
+        elif kind == "jsonl":
+            write(tmp_path / name, rows)
+        else:
+            (tmp_path / name).write_text(json.dumps(rows, indent=1))
+
+    pyarrow = pytest.importorskip("pyarrow")
+    for split, shards in (("train", ([3, 1], [2], [5, 4])), ("test", ([9],)), ("validation", ([7], [6]))):
+        for i, shard in reversed(list(enumerate(shards))):
+            save(f"{split}-0000{i}-of-0000{len(shards)}.{kind}", numbered(*shard))
+    for split, order in (("train", [3, 1, 2, 5, 4]), ("test", [9]), ("val", [7, 6])):
+        rows = rewards.load_rows(f"gsm8k={tmp_path}", split)
+        assert [row["question"] for row in rows] == [f"{n}?" for n in order]
+    assert len(rewards.load_rows(f"gsm8k={tmp_path}:4", "train")) == 4
+    assert len(rewards.load_rows(f"gsm8k={tmp_path}/train-00001-of-00003.{kind}", "test")) == 1
+    (tmp_path / f"train-00001-of-00003.{kind}").unlink()
+    with pytest.raises(rewards.DataError, match=f"or all shards.*train-00000-of-00003.{kind}"):
+        rewards.load_rows(f"gsm8k={tmp_path}", "train")
+    save(f"train.{kind}", numbered(8))
+    assert [row["question"] for row in rewards.load_rows(f"gsm8k={tmp_path}", "train")] == ["8?"]
+
+
+@pytest.mark.parametrize("content, says", [
+    ('[{"question": "a"}]', "row 1: column 'answer'"), ("5", "int"), ('{"a": 1}', "row 1: a row must be an object"),
+    ("[1]", "row 1"), ("[]", "no rows"), ('[\n{"question": "a",,\n', "line 2 column"), ("", "cannot be read"),
+    ("[" * 100_000, "recursion"), ('[{"question": "a\\ud800", "answer": "#### 1"}]', "surrogates"), ("\xff", "cannot")])
+def test_a_bad_json_file_gets_one_line_that_names_it(content, says, tmp_path):
+    (tmp_path / "train.json").write_text(content)
+    with pytest.raises(rewards.DataError, match=says) as error:
+        rewards.load_rows(f"gsm8k={tmp_path}/train.json", "train")
+    assert "train.json" in str(error.value) and "\n" not in str(error.value)
+
+
 GOOD = json.dumps(ROWS["gsm8k"])
 
 
@@ -533,6 +675,8 @@ def code_row(*tests, setup=""):
     ("math", '{"problem": "a", "answer": ["18"]}\n', "'answer'"),
     ("math", '{"problem": "a", "answer": true}\n', "'answer'"),
     ("math", '{"problem": "a", "answer": NaN}\n', "'answer'"),
+    *[("math", json.dumps({"problem": "a", "answer": answer, "solution": "So."}) + "\n", "'answer'")
+      for answer in ("$$", r"\quad", ".", r"\boxed{}", r"$\text{ }$", r"\[\]", " , ", "{}", r"\(\; \!\).")],
     ("arc", arc_row(["A", "B"], "C"), "'answerKey'"),
     ("arc", arc_row(["A", "A"], "A"), "each label"),
     ("arc", arc_row(["A", "$1"], "$1"), "'answerKey'"),
@@ -574,7 +718,7 @@ def test_bad_sources_get_one_line(source, says):
 
 def test_a_folder_without_the_split_says_what_it_holds(tmp_path):
     write(tmp_path / "test.jsonl", [ROWS["gsm8k"]])
-    with pytest.raises(rewards.DataError, match="no train.jsonl or train.parquet, but test.jsonl"):
+    with pytest.raises(rewards.DataError, match=r"no train.jsonl or train.parquet \(or all shards\), but test.jsonl"):
         rewards.load_rows(f"gsm8k={tmp_path}", "train")
     (tmp_path / "x.csv").write_text("a")
     with pytest.raises(rewards.DataError, match="must end in"):
@@ -635,9 +779,30 @@ DOUBLE = {"text": "Double it.", "test_list": ["assert f(2) == 4", "assert f(5) =
     (f"<reasoning>a</reasoning><answer></answer>\n{BLOCK}", 0),
     (f"<reasoning>a</reasoning><answer>{BAD_BLOCK}</answer>\n{BLOCK}", 0),
     ("<reasoning>a</reasoning><answer>I would double x.</answer>", 0),
-    (f"<reasoning>a</reasoning><answer>```python\n{DOUBLES}\n</answer>", 1)])
+    (f"<reasoning>a</reasoning><answer>```python\n{DOUBLES}\n</answer>", 1),
+    (f"<reasoning>a</reasoning><answer>Here:\n```python\n{DOUBLES}\n</answer>", 1),
+    (f"<reasoning>a</reasoning><answer>{BAD_BLOCK}\n```python\n{DOUBLES}\n</answer>", 1),
+    (f"<reasoning>a</reasoning><answer>{BLOCK}\n```python\n{CONSTANT}\n</answer>", 0),
+    (f"<reasoning>a</reasoning><answer>```python\n{CONSTANT}\n\nNo:\n```python\n{DOUBLES}\n```</answer>", 1),
+    (f"<reasoning>a</reasoning><answer>```python\n{DOUBLES}\n\nNo:\n```python\n{CONSTANT}\n```</answer>", 0),
+    (f"<reasoning>a</reasoning><answer>```python\n{DOUBLES}```\nDone.</answer>", 1),
+    (f"<reasoning>a</reasoning><answer>Code: ```python\r\n{DOUBLES}\r\n```\r\nIn ```O(1)```.</answer>", 1),
+    ("<reasoning>a</reasoning><answer>1. So:\n   ```python\n   def f(x):\n     return 2 * x\n   ```</answer>", 1),
+    ("<reasoning>a</reasoning><answer>\t```\n\tdef f(x):\n\t\treturn 2 * x</answer>", 1),
+    (f"<reasoning>a</reasoning><answer>{DOUBLES}  # a ```fence``` in it\n```</answer>", 1),
+    (f"<reasoning>a</reasoning><answer>```python\n{DOUBLES}\n```\n```python\n```</answer>", 0),
+    ("<reasoning>a</reasoning><answer>```python\nreturn 2 * x\n```</answer>", 0),
+    (f"<reasoning>a</reasoning>\n```python\n{DOUBLES}\n", 0)])  # without tags, it may be cut off
 def test_the_last_fenced_program_of_the_answer_counts(text, want):
     assert rewards.correct("code", text, DOUBLE) == want
+
+
+@pytest.mark.parametrize("unit", [
+    "```", "``` ", "```\n", "```a\n", "\n```", "\n ```", " ```", "\n", "\n ", " ", "```" + " " * 999 + "x", "`", "\t", "a",
+    "```a", ":```a ", "```\r", "a```\n", "\n    ```a b\n"])
+def test_fences_are_found_quickly_in_any_text(unit):
+    assert seconds(lambda: rewards.FENCED.findall(unit * (200_000 // len(unit)))) < 0.2
+    assert seconds(lambda: rewards.FENCED.findall("```\n" + unit * (200_000 // len(unit)) + "x")) < 0.2
 
 
 def test_a_batch_of_programs_keeps_its_order():
@@ -647,12 +812,29 @@ def test_a_batch_of_programs_keeps_its_order():
     assert [parts["correct"] for parts in scored] == [1, 0, 1, 0, 0, 1]
 
 
-def test_proofs_are_left_out_of_mathematics_and_do_not_count(tmp_path):
+@pytest.mark.parametrize("rank", ["0", "1", None])
+def test_rows_without_an_answer_are_left_out_of_mathematics_and_counted(rank, tmp_path, capsys, monkeypatch):
     rows = [{"problem": "Prove it.", "solution": "Clear."}, {"problem": "1+1?", "solution": r"\boxed{2}"},
-            {"problem": "Prove that.", "solution": "Clear."}, {"problem": "2+2?", "solution": r"\boxed{4}"}]
-    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    kept = rewards.load_rows(f"math={tmp_path}/m.jsonl:2", "train")
-    assert [row["problem"] for row in kept] == ["1+1?", "2+2?"]
-    (tmp_path / "p.jsonl").write_text(json.dumps(rows[0]) + "\n")
+            {"problem": "Prove that.", "answer": "proof", "solution": r"So \boxed{3}"},
+            {"problem": "2+2?", "answer": " ", "solution": r"\boxed{4}"}, {"problem": "?", "answer": "notfound"},
+            {"problem": "Why?", "answer": "", "solution": "Clear."}, {"problem": "0?", "answer": 0, "solution": "a"}]
+    monkeypatch.delenv("RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    file = write(tmp_path / "m.jsonl", rows)
+    kept = rewards.load_rows(f"math={file}", "train")
+    assert [row["problem"] for row in kept] == ["1+1?", "2+2?", "0?"]
+    assert [rewards.correct("math", completion(n), row) for n, row in zip("240", kept)] == [1, 1, 1]
+    assert capsys.readouterr().err == (f"{file}: rows left out, as they have no answer: 4\n" if rank != "1" else "")
+    assert len(rewards.load_rows(f"math={file}:2", "train")) == 2
+    assert len(rewards.load_rows(f"math={write(tmp_path / 'all.jsonl', rows[1:2])}", "train")) == 1
+    assert "all.jsonl" not in capsys.readouterr().err
     with pytest.raises(rewards.DataError, match="no rows that can be scored"):
-        rewards.load_rows(f"math={tmp_path}/p.jsonl", "train")
+        rewards.load_rows(f"math={write(tmp_path / 'p.jsonl', rows[:1])}", "train")
+
+
+def test_several_boxes_are_the_gold_together_unless_either_is_accepted():
+    row = {"problem": "?", "solution": "So $\\boxed{-2}$ and $\\boxed{\\frac{1}{2}}$, or $\\boxed{-2}$."}
+    assert [rewards.math_(said, row) for said in ("1/2, -2", "-2", "1/2")] == [True, False, False]
+    row = {"problem": "?", "solution": "It is $\\boxed{-3}$. Note: $\\boxed{3}$ is also accepted."}
+    assert [rewards.math_(said, row) for said in ("-3", "3", "4")] == [True, True, False]
