@@ -1,10 +1,11 @@
-"""Useful sampled tokens a second: grpo.Sampler and transformers' generate, and the share of the physical
-limit (see shapes.limit) that they reach. A model of the true shape with random weights is made on the
-device.
+"""Useful sampled tokens a second: transformers' generate, grpo.generate and extras/sampler.py (on a GPU with
+CUDA graphs), and the share of the physical limit (see shapes.limit) that they reach. A model of the true
+shape with random weights is made on the device.
 
 Useful tokens are those up to a completion's end. With --mean_length, a random set of ids ends a
-completion; without, all are --max_new_tokens long. Both sample from the model's own distribution (no
-top-k, no top-p), the same prompts in one batch, alternately; drawing the noise counts.
+completion; without, all are --max_new_tokens long. All sample from the model's own distribution (no
+top-k, no top-p), the same prompts in one batch, in turn; drawing the noise counts. Seconds of this process's
+CPU time count too: on a CPU that others use, with --threads 1, they are the figures to compare.
 
     python tests/bench/bench_sampler.py                          # CPU: 16 prompts x 16, limit 160, mean 40
     python tests/bench/bench_sampler.py --model runs/tiny-grpo   # a checkpoint, its own ends, Countdown
@@ -12,15 +13,18 @@ top-k, no top-p), the same prompts in one batch, alternately; drawing the noise 
     python tests/bench/bench_sampler.py --shape qwen2.5-3b --mean_length 330
 """
 import argparse
+import itertools
 import random
 import statistics
+import time
+from functools import partial
 
 import shapes
 import torch
-import transformers
 
 import grpo
 import rewards
+from extras.sampler import Sampler
 
 p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 p.add_argument("--shape", default="tiny", help="of the model that is made; see shapes.py")
@@ -42,22 +46,23 @@ device, dtype = shapes.use(a.threads)
 torch.manual_seed(0)
 if a.model:
     model, rng = grpo.load_lm(a.model, device, dtype), random.Random(0)
-    tokenizer = grpo.load(transformers.AutoTokenizer, a.model)
+    tokenizer = grpo.load_tokenizer(a.model, "reasoning")
     rows = [{"nums": rng.choices(range(1, 13), k=3), "target": rng.randint(1, 40)} for _ in range(a.prompts)]
-    prompts = grpo.prompt_ids(tokenizer, [rewards.messages("countdown", row) for row in rows])
-    ends = [tokenizer.eos_token_id]
+    texts = grpo.render(tokenizer, [rewards.messages("countdown", row) for row in rows])
+    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ends = sorted(grpo.end_ids(tokenizer, model.generation_config))
 else:
     model, vocabulary = shapes.make(a.shape, device, dtype), shapes.SHAPES[a.shape][5]
     lengths = torch.linspace(a.prompt_length / 2, a.prompt_length, a.prompts).long().tolist()
     prompts = [torch.randint(vocabulary, (n,)).tolist() for n in lengths]
     ends = torch.randperm(vocabulary)[:round(vocabulary / a.mean_length)].tolist() if a.mean_length else []
-sampler, width = grpo.Sampler(model, ends), max(map(len, prompts))
+width, buffered = max(map(len, prompts)), Sampler(grpo.pick)
 
 
-def ours(seed):
+def ours(sampler, seed):
     """Lengths of the completions."""
-    noise = grpo.uniforms(seed, 0, range(a.prompts * a.group_size), a.max_new_tokens)
-    return list(map(len, sampler(prompts, noise, a.group_size, a.max_new_tokens, 1.0)[0]))
+    noise = grpo.uniforms([[seed, i] for i in range(a.prompts * a.group_size)], a.max_new_tokens)
+    return list(map(len, sampler(model, prompts, noise, a.group_size, a.max_new_tokens, 1.0, ends)[0]))
 
 
 @torch.inference_mode()
@@ -79,19 +84,26 @@ print(f"{a.model or a.shape}: {size / 1e6:,.1f} M parameters, {str(dtype)[6:]};"
       f"{a.prompts} prompts of at most {width} x {a.group_size}, at most {a.max_new_tokens} tokens;",
       f"{a.rounds} rounds in turn", flush=True)
 starts = [len(x) for x in prompts for _ in range(a.group_size)]
-found, lengths = {"Sampler": [], "generate": []}, []
+ways = {"transformers": theirs, "grpo.generate": partial(ours, grpo.generate),
+        "extras.sampler": partial(ours, buffered)}
+found = {name: [] for name in ways}
 for seed in range(a.rounds + 1):
-    for name, run in (("Sampler", ours), ("generate", theirs)):
-        took = shapes.once(lambda: lengths.append(run(seed)))
-        least = shapes.limit(model, starts, lengths[-1], max(lengths[-1]), bandwidth, rate)
+    for name, run in ways.items():
+        lengths, before = [], time.process_time()
+        took = shapes.once(lambda: lengths.extend(run(seed)))
+        cpu = time.process_time() - before
+        least = shapes.limit(model, starts, lengths, max(lengths), bandwidth, rate)
         if seed:
-            found[name].append((sum(lengths[-1]) / took, least / took, statistics.mean(lengths[-1])))
-        elif name == "Sampler":
-            print(f"Sampler: CUDA graphs {sampler.graphs}, first call {took:.1f} s", flush=True)
+            n = sum(lengths)
+            found[name].append((n / took, n / cpu, least / took, n / len(lengths)))
+        elif name == "extras.sampler":
+            print(f"extras.sampler: CUDA graphs {buffered.graphs}, first call {took:.1f} s", flush=True)
 for name, rounds in found.items():
-    rates, shares, means = zip(*rounds)
-    median, share = statistics.median(rates), statistics.median(shares)
-    print(f"{name:8}  median {median:,.0f} useful tokens/s  ({min(rates):,.0f} to {max(rates):,.0f}), "
-          f"mean completion {statistics.mean(means):.1f} tokens, {share:.1%} of the limit")
-ours, theirs = (statistics.median(rate for rate, *_ in rounds) for rounds in found.values())
-print(f"Sampler against generate: {ours / theirs:.2f}")
+    rates, cpu, shares, means = zip(*rounds)
+    median, per_cpu, share = map(statistics.median, (rates, cpu, shares))
+    print(f"{name:14}  median {median:,.0f} useful tokens/s  ({min(rates):,.0f} to {max(rates):,.0f}), "
+          f"{per_cpu:,.0f} per CPU second, mean completion {statistics.mean(means):.1f} tokens, "
+          f"{share:.1%} of the limit")
+for one, other in itertools.combinations(reversed(ways), 2):
+    wall, cpu = (statistics.median(x[i] / y[i] for x, y in zip(found[one], found[other])) for i in (0, 1))
+    print(f"{one} against {other}: {wall:.2f}, by CPU time {cpu:.2f}  (medians of rounds)")
