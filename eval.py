@@ -2,7 +2,7 @@
 
 1. Read the problems and build the prompts as in training: rewards.messages and the chat template. --shots
    puts solved rows before each problem of their task, as chat turns. Errors show here, before weights load.
-2. Sample K completions per prompt, greedily by default. The loop checks grpo.py's sampler: no code is shared.
+2. Sample K completions per prompt, greedily by default, with grpo.py's sampler.
 3. Score with rewards.py, strictly (the answer in the requested form) and flexibly (the last thing that looks
    like one). A model trained on another form looks worse to the strict reader: read the samples.
 4. Summarise: a row per model and task, accuracy by kind of problem, and a comparison with the first model:
@@ -17,44 +17,23 @@
 import argparse
 import json
 import math
+import os
 import re
 import shlex
-import shutil
 import signal
 import sys
+from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from statistics import fmean, multimode
 
 import numpy as np
 import torch
 import transformers
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 import rewards
-
-def fail(message):
-    """Print one line on stderr and exit with code 2: what a wrong flag, file or model gets."""
-    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-def flag_parser():
-    """argparse that also reads @FILE, flags as in a shell with # comments, and whose errors are one line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-    parser.error = fail
-    return parser
-
-def at_least(least, kind=int):
-    """An argparse type: a finite number that is not below `least`."""
-    def number(text):
-        if not least <= kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
-        return kind(text)
-    return number
-
-NATURAL, POSITIVE, FLOAT = at_least(0), at_least(1), at_least(0, float)
 
 def parse_args(argv=None):
     parser = flag_parser()
@@ -96,113 +75,51 @@ def read_problems(args):
     chats = [rewards.messages(row["task"], row, args.style) for row in rows]
     return rows, [[*chat[:-1], *shots.get(row["task"], []), chat[-1]] for row, chat in zip(rows, chats)]
 
-def base_of(name):
-    """The model that the adapter in folder `name` adapts; for any other model `name` itself."""
-    try:
-        return json.loads(Path(name, "adapter_config.json").read_text())["base_model_name_or_path"]
-    except OSError:                                             # there is no such file
-        return name
-    except (ValueError, KeyError):
-        return fail(f"--model {name}: its adapter_config.json names no base model")
-
-def load(kind, name, **options):
-    try:
-        return kind.from_pretrained(name, **options)
-    except Exception as err:  # of a dozen types: not there, damaged, unknown, a missing package, no memory
-        fail(f"--model {name}: no model's folder, nor a hub id, that can be loaded ({str(err)[:200]})")
-
-def prompt_ids(tokenizer, chats):
-    """The ids of each chat, a list of turns, up to where the assistant's next turn begins."""
-    try:
-        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-                 for chat in chats]
-    except Exception as err:  # whatever a template raises, or does not compile
-        fail(f"--model {tokenizer.name_or_path}: its chat template does not take the prompt ({err})")
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-
-def load_lm(name, device, dtype, load_in_4bit=False):
-    """The causal language model `name` in eval mode, in `dtype` or in nf4."""
-    options = {"dtype": dtype, "output_loading_info": True}
-    if load_in_4bit:
-        options |= {"device_map": {"": device}, "quantization_config": transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype)}
-    lm, found = load(transformers.AutoModelForCausalLM, name, **options)
-    if found["missing_keys"]:  # transformers puts random numbers in their place
-        fail(f"--model {name}: its files lack weights ({str(found['missing_keys'])[:200]})")
-    for module in lm.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # it repacks 4-bit weights: no training
-            module.support_avx512bf16_for_cpu = False
-    sampling = lm.generation_config  # transformers refuses to save one with settings that it would not use
-    sampling.do_sample = bool(sampling.do_sample or sampling.temperature or sampling.top_p)
-    return lm.to(device).eval()
+def prompts_of(tokenizer, chats):
+    """render(); where the template changes worked examples (many cut the thought out of earlier turns), they
+    stand in one user turn with the problem."""
+    prompts = render(tokenizer, chats)
+    told = [turn["content"] in prompt for chat, prompt in zip(chats, prompts) for turn in chat[2:-1:2]]
+    if all(told):
+        return prompts
+    joined = ["\n\n".join(turn["content"] for turn in chat[1:]) for chat in chats]
+    return render(tokenizer, [[chat[0], {"role": "user", "content": x}] for chat, x in zip(chats, joined)])
 
 
 # ---------------------------------------------------------------------------------------- 2. sampling
-@torch.inference_mode()
-def complete(lm, prompts, ends, args, noise=None, forbidden=()):
-    """P prompts (lists of ids) -> P * K completions, lists of ids that end with one of `ends` unless cut off.
-    noise: array [P * K, max_new_tokens] in [0, 1), or None for greedy decoding.
-    forbidden: (a, b, ...), no id b right after an id a."""
-    tensors = [torch.tensor(prompt, device=lm.device) for prompt in prompts]
-    ids = pad_sequence(tensors, batch_first=True, padding_value=-1, padding_side="left")         # [P, W]
-    mask = (ids >= 0).long()
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    out = lm(ids.clamp(min=0), attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1)
-    cache, state = out.past_key_values, (out.logits, mask, position[:, -1:])
-    cache.batch_repeat_interleave(args.samples)                 # a prompt is prefilled once
-    logits, mask, position = (x.repeat_interleave(args.samples, 0) for x in state)
-    completions = [[] for _ in mask]
-    stop = torch.tensor(list(ends), device=lm.device)
-    rows = torch.arange(len(mask))                              # those that have not ended
-    for t in range(args.max_new_tokens):
-        if noise is None:
-            token = logits[:, -1].argmax(-1)                    # [n]
-        else:                                                   # the first one whose cumulated mass exceeds u
-            cumulated = (logits[:, -1].float() / args.temperature).softmax(-1).cumsum(-1)
-            u = torch.tensor(noise[rows, t, None]).to(lm.device) * cumulated[:, -1:]
-            token = torch.searchsorted(cumulated, u, right=True).squeeze(1)
-        for row, token_id in zip(rows.tolist(), token.tolist()):
-            completions[row].append(token_id)
-        going = (~torch.isin(token, stop)).nonzero().squeeze(1)
-        if t + 1 == args.max_new_tokens or len(going) == 0:
-            break
-        if len(going) < len(rows):                              # finished rows leave the batch
-            cache.batch_select_indices(going)
-            rows, token, mask, position = rows[going.cpu()], token[going], mask[going], position[going]
-        mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), position + 1
-        logits = lm(token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache,
-                    use_cache=True).logits                      # [n, 1, V]
-        if forbidden:
-            logits[(token == forbidden[0]).nonzero(), 0, forbidden[1:]] = -math.inf
-    return completions
+def forbid(lm, tokens):
+    """--forbid_after A B ...: from now on the model gives no id B right after an id A."""
+    def hook(_, args, inputs, output):
+        after = (inputs["input_ids"][:, -1] == tokens[0]).nonzero()
+        output.logits[after, -1, tokens[1:]] = -math.inf
+    if tokens:
+        lm.register_forward_hook(hook, with_kwargs=True)
 
 def evaluate_model(name, lm, checkpoint, rows, args, file):
     """Sample and score all rows -> a record per completion, written to `file` as soon as it is scored."""
     tokenizer, prompts, forbidden = checkpoint
-    ends = lm.generation_config.eos_token_id                    # one id, a list of several, or None
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    for module in lm.modules():
-        if hasattr(module, "lora_A"):                           # of an adapter
-            module.merge()
-    order = sorted(range(len(rows)), key=lambda i: -len(prompts[i]))      # the first needs most memory
+    ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    ends = end_ids(tokenizer, lm.generation_config)
+    forbid(lm, forbidden)
+    order = sorted(range(len(rows)), key=lambda i: -len(ids[i]))          # the first needs most memory
     size, records, noise = max(1, args.batch_size // args.samples), [], None
+    seconds = 0.1 if sys.stderr.isatty() else 60                # in a log, a line a minute
     for batch in tqdm([order[at:at + size] for at in range(0, len(order), size)], name, unit=" batches"):
         places = [(i, k) for i in batch for k in range(args.samples)]
         if args.temperature:                                    # noise that does not depend on the batch
-            streams = [np.random.default_rng([args.seed, i, k]) for i, k in places]
-            noise = np.stack([stream.random(args.max_new_tokens, np.float32) for stream in streams])
-        ids = complete(lm, [prompts[i] for i in batch], ends, args, noise, forbidden)
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        tasks, lengths = [rows[i]["task"] for i, _ in places], [len(completion) for completion in ids]
+            noise = uniforms([[args.seed, i, k] for i, k in places], args.max_new_tokens)
+        completions, _ = generate(
+            lm, [ids[i] for i in batch], noise, args.samples, args.max_new_tokens, args.temperature or 1.0,
+            ends, lambda n: tqdm(range(n), "sampling", leave=False, delay=2, mininterval=seconds))
+        texts = decode(tokenizer, completions, [prompts[i] for i, _ in places], ends, args.style)
+        tasks, lengths = [rows[i]["task"] for i, _ in places], [len(x) for x in completions]
         some = [rows[i] for i, _ in places]
         scores = rewards.score_batch(tasks, texts, some, args.style, args.weights, lengths)              # 3
-        for (i, k), task, text, parts, completion in zip(places, tasks, texts, scores, ids):
+        for (i, k), task, text, parts, x in zip(places, tasks, texts, scores, completions):
             flexible = parts["correct"] or rewards.correct(task, text, rows[i], args.style, strict=False)
-            record = {"model": name, "task": task, "row": i, "sample": k, "completion": text,
-                      "prompt": rewards.messages(task, rows[i], args.style)[-1]["content"],
-                      "answer": rewards.answer(text, args.style), **parts, "correct_flexible": flexible,
-                      "n_tokens": len(completion), "truncated": completion[-1] not in ends}
+            record = {"model": name, "task": task, "row": i, "sample": k, "prompt": prompts[i],
+                      "completion": text, "answer": rewards.answer(text, args.style), **parts,
+                      "correct_flexible": flexible, "n_tokens": len(x), "truncated": x[-1] not in ends}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             records.append(record)
     return records
@@ -299,16 +216,10 @@ def tables(results):
             yield lines
 
 def print_table(lines):
-    """Print a table; one that is wider than the terminal in parts, each with the first column."""
     columns = [[name, *(line.get(name, "") for line in lines)] for name in max(lines, key=len)]
     columns = [[cell.rjust(max(map(len, column))) for cell in column] for column in columns]
-    names, room = columns.pop(0), shutil.get_terminal_size((1000, 24)).columns
-    names = [name.strip().ljust(len(name)) for name in names]
-    while columns:
-        part = [names]
-        while columns and (len(part) == 1 or sum(len(x[0]) + 2 for x in part) + len(columns[0][0]) <= room):
-            part.append(columns.pop(0))
-        print("", *("  ".join(cells).rstrip() for cells in zip(*part)), sep="\n")
+    columns[0] = [cell.strip().ljust(len(cell)) for cell in columns[0]]
+    print("", *("  ".join(cells).rstrip() for cells in zip(*columns)), sep="\n")
 
 def run(args, kept):
     """`kept`: the file that takes the completions as they come."""
@@ -316,35 +227,49 @@ def run(args, kept):
     rows, chats = read_problems(args)                                                                      # 1
     checkpoints, results, rates, stem = {}, [], {}, args.output.removesuffix(".json")
     for name in args.model:
-        tokenizer = load(transformers.AutoTokenizer, base_of(name))
-        prompts = prompt_ids(tokenizer, chats)
+        with expect(f"--model {name}"):
+            tokenizer = load_tokenizer(name, args.style)
+            prompts = prompts_of(tokenizer, chats)
+            check_model(name, tokenizer(prompts, add_special_tokens=False)["input_ids"], args.max_new_tokens)
         forbidden = [tokenizer.encode(text, add_special_tokens=False) for text in args.forbid_after]
         if any(len(ids) != 1 for ids in forbidden):
             fail(f"--forbid_after: {[len(ids) for ids in forbidden]} tokens for {name}; each must be one")
         checkpoints[name] = tokenizer, prompts, [ids[0] for ids in forbidden]
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        ran = [Path(folder, "args.json") for folder in (name, Path(name).parent)]       # or its checkpoint's
+        if base_of(name) != name and any('"load_in_4bit": true' in x.read_text() for x in ran if x.exists()):
+            print(f"{name}: trained on a 4-bit base, measured on the 16-bit one; its merged/ (--merge) is "
+                  "what was trained", file=sys.stderr)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with open(kept, "w", buffering=1, encoding="utf-8") as file:
         for name, checkpoint in checkpoints.items():
-            records = evaluate_model(name, load_lm(name, device, dtype), checkpoint, rows, args, file)
+            with expect(f"--model {name}"):
+                lm = load_lm(name, device, torch.bfloat16 if bf16 else torch.float32)
+            records = evaluate_model(name, lm, checkpoint, rows, args, file)
             for task in dict.fromkeys(row["task"] for row in rows):                                        # 4
                 of_task = [record for record in records if record["task"] == task]
                 first = rates.get((args.model[0], task))
                 found, rates[name, task] = summarise(of_task, rows, args.samples, first)
                 results.append(found)
-    for table in tables(results):                                                                          # 5
-        print_table(table)
-    files = {args.output: json.dumps(results, indent=1, ensure_ascii=False)}
+    files = {args.output: json.dumps(results, indent=1, ensure_ascii=False)}                               # 5
     for (_, task), rate in rates.items():
         if args.samples > 1 and len(checkpoints) == 1:
             path = f"{stem}.{task}.pass_rates.jsonl" if len(rates) > 1 else f"{stem}.pass_rates.jsonl"
-            lines = [json.dumps({**rows[i], "pass_rate": rate[i]}, ensure_ascii=False) for i in sorted(rate)]
-            files[path] = "\n".join(lines) + "\n"
+            lines = [json.dumps({**rows[i], "pass_rate": rate[i]}, ensure_ascii=False, default=str) + "\n"
+                     for i in sorted(rate)]
+            files[path] = "".join(lines)
     for path, text in files.items():
         Path(f"{path}.tmp").write_text(text, encoding="utf-8")
         Path(f"{path}.tmp").replace(path)
     kept.replace(f"{stem}.samples.jsonl")
-    print("\nwritten:", *files, f"{stem}.samples.jsonl")
+    for table in tables(results):
+        print_table(table)
+    for row in results:
+        if not row["format"]:
+            print(f"\n{row['model']}: no completion has the form that was asked for: read the samples; a "
+                  "cold start with sft.py teaches it")
+    print("\nwritten:", *files, f"{stem}.samples.jsonl", flush=True)    # into a closed pipe: main() knows
 
 def main(argv=None):
     transformers.utils.logging.disable_progress_bar()
@@ -360,8 +285,192 @@ def main(argv=None):
         fail(err)
     except torch.OutOfMemoryError:
         fail(f"out of GPU memory: lower --batch_size or --max_new_tokens; completions so far are in {kept}")
+    except BrokenPipeError:                                     # `| head`: all is written, only not printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as err:                                      # a full disk, most of all
         fail(f"--output {args.output}: cannot be written ({err})")
+
+
+# --------------------------------------------- what grpo.py and sft.py have too: the same text stands there
+def uniforms(keys, n):
+    """[len(keys), n] numbers in [0, 1): the noise of a row is a function of its key, a list of integers."""
+    streams = [np.random.default_rng(key) for key in keys]
+    return torch.tensor(np.array([stream.random(n, np.float32) for stream in streams])).view(-1, n)
+
+def pick(logits, temperature, u):
+    """logits [n, V], u [n] uniform or None (greedy) -> ids [n], their log-probabilities [n] at `temperature`.
+
+    Inverse CDF: the first id whose cumulated probability exceeds u. u is kept below their sum, so that an id
+    without probability is never picked, whatever rounding does."""
+    p = (logits.float() / temperature).softmax(-1)
+    if u is None:
+        ids = logits.argmax(-1, keepdim=True)
+    else:
+        sums = p.cumsum(1)
+        below = sums[:, -1:].nextafter(u.new_zeros(()))
+        ids = torch.searchsorted(sums, torch.minimum(u[:, None], below), right=True)
+    return ids.squeeze(1), p.gather(1, ids).log().squeeze(1)
+
+@torch.inference_mode()
+def generate(lm, prompts, noise, group_size, max_new_tokens, temperature, ends, steps=range):
+    """P prompts, lists of ids -> P * G completions (with their end token, if any), the log-probabilities of
+    their ids. noise [P * G, max_new_tokens]; None: greedy. steps(n) counts to n, or ends early.
+
+    A prompt is prefilled once for its group; finished rows leave the batch every few tokens."""
+    device, width = lm.device, max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)                 # [P, W]
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)     # [P, W]
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    out = lm(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1)
+    cache = out.past_key_values
+    cache.batch_repeat_interleave(group_size)
+    state = out.logits[:, -1], mask, position[:, -1:]
+    logits, mask, position = (x.repeat_interleave(group_size, 0) for x in state)    # [n, V], [n, W], [n, 1]
+    rows = torch.arange(len(mask), device=device)                                   # those still in the batch
+    ends, noise = torch.tensor(sorted(ends), device=device), noise if noise is None else noise.to(device)
+    tokens = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)
+    logps, lengths, done = torch.zeros_like(tokens, dtype=torch.float32), 0 * rows, rows < 0
+    for t in steps(max_new_tokens):
+        if t % 4 == 0 and done.any():                       # to see which rows ended waits for the GPU
+            left = (~done).nonzero().squeeze(1)
+            if len(left) == 0:
+                break
+            cache.batch_select_indices(left)
+            rows, mask, position, token, done = (x[left] for x in (rows, mask, position, token, done))
+        if t:
+            mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), position + 1
+            logits = lm(input_ids=token[:, None], attention_mask=mask, position_ids=position,
+                        past_key_values=cache, use_cache=True).logits[:, -1]
+        token, logp = pick(logits, temperature, None if noise is None else noise[rows, t])
+        tokens[rows, t], logps[rows, t] = token, logp
+        lengths[rows] += ~done
+        done |= (token[:, None] == ends).any(1)
+    tokens, logps, lengths = tokens.tolist(), logps.cpu(), lengths.tolist()
+    return [x[:k] for x, k in zip(tokens, lengths)], [x[:k].clone() for x, k in zip(logps, lengths)]
+
+def decode(tokenizer, completions, prompts, ends, style):
+    """Completions -> the texts to score: without their end token, cut by its id, as tags may be special too;
+    with the reasoning's opening tag in front where the prompt ends in it."""
+    texts = tokenizer.batch_decode([ids[:-1] if ids and ids[-1] in ends else ids for ids in completions])
+    return [rewards.opening(prompt, style) + text for prompt, text in zip(prompts, texts)]
+
+def fail(message):
+    """Print one line on stderr and exit with code 2: what a wrong flag, file or model gets."""
+    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+@contextmanager
+def expect(what):
+    """Whatever error a library raises inside becomes one line that begins with `what`."""
+    try:
+        yield
+    except Exception as err:  # of a dozen types: not there, damaged, unknown, a missing package, no memory
+        fail(f"{what}: {str(err)[:300] or type(err).__name__}")
+
+def flag_parser():
+    """argparse that also reads @FILE, flags as in a shell with # comments, and whose errors are one line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    parser.error = fail
+    return parser
+
+def at_least(least, kind=int):
+    """An argparse type: a finite number that is not below `least`."""
+    def number(text):
+        if not least <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+        return kind(text)
+    return number
+
+NATURAL, POSITIVE, FLOAT = at_least(0), at_least(1), at_least(0, float)
+
+def base_of(name):
+    """The model that the adapter in folder `name` adapts; for any other model `name` itself."""
+    file = Path(name, "adapter_config.json")
+    with expect(f"--model {name}: its adapter_config.json names no base model"):
+        return json.loads(file.read_text())["base_model_name_or_path"] if file.exists() else name
+
+def load_tokenizer(name, style):
+    """The tokenizer of a model or an adapter. ValueError without a chat template, or if it loses the tags."""
+    own = Path(name, "tokenizer_config.json").exists()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name if own else base_of(name))
+    tags = f"<{style}></{style}><answer></answer>"
+    kept = tokenizer.decode(tokenizer(tags, add_special_tokens=False)["input_ids"])
+    if "".join(kept.split()) != tags:
+        raise ValueError(f"its tokenizer makes {kept} of the tags {tags}")
+    if not tokenizer.chat_template:
+        raise ValueError("it has no chat template: put one into its folder, as chat_template.jinja")
+    return tokenizer
+
+def render(tokenizer, chats):
+    """Chats, lists of turns, the system turn first -> prompts, to where the assistant's turn begins. Where
+    the chat template drops or refuses the system turn, its text goes before the user's."""
+    def text(chat):
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    try:
+        if all(chat[0]["content"] in text(chat) for chat in chats[:1]):
+            return list(map(text, chats))
+    except Exception:  # whatever a template raises
+        pass
+    with expect(f"--model {tokenizer.name_or_path}: its chat template"):
+        return [text([{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest])
+                for system, user, *rest in chats]
+
+def end_ids(tokenizer, config):
+    """Ids that end a completion: the first special or added token that the chat template writes after an
+    assistant's text; eos; those of the generation config."""
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "the text ends here"}]
+    tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(chat[1]["content"])[2]
+    known, eos = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}, config.eos_token_id
+    ends = [i for i in tokenizer(tail, add_special_tokens=False)["input_ids"] if i in known][:1]
+    ends += [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
+    return [i for i in dict.fromkeys(ends) if i is not None]
+
+def check_model(name, rows, room, whole=False):
+    """ValueError, before weights load, for a model that cannot do this. rows: lists of ids, after each of
+    which `room` more follow; whole: are all its weights to be trained?"""
+    config = transformers.AutoConfig.from_pretrained(base_of(name))
+    text, top, longest = config.get_text_config(), max(map(max, rows)), max(map(len, rows)) + room
+    layers = set(map(type, transformers.DynamicCache(config=text).layers))
+    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)     # None: the model's own code
+    takes = signature(kind.forward).parameters if kind else ["past_key_values"]
+    if layers - {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer} or "past_key_values" not in takes:
+        raise ValueError(f"{config.model_type} is no attention with keys and values (linear attention?)")
+    if whole and getattr(config, "quantization_config", None):
+        raise ValueError("its weights are quantised and do not train: add --lora_rank")
+    if top >= text.vocab_size:
+        raise ValueError(f"its tokenizer has the id {top}, its embeddings end at {text.vocab_size - 1}")
+    if longest > (getattr(text, "max_position_embeddings", None) or math.inf):
+        raise ValueError(f"{longest} tokens do not fit its context of {text.max_position_embeddings}")
+
+def load_lm(name, device, dtype, load_in_4bit=False):
+    """The causal language model `name` in eval mode, in `dtype` or nf4; an adapter merged into its base."""
+    base, options = base_of(name), {"dtype": dtype, "output_loading_info": True}
+    if load_in_4bit:
+        options |= {"device_map": {"": device}, "quantization_config": transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype)}
+    lm, found = transformers.AutoModelForCausalLM.from_pretrained(base, **options)
+    if found["missing_keys"]:  # transformers puts random numbers in their place
+        raise ValueError(f"its files lack weights ({str(found['missing_keys'])[:200]})")
+    if base != name:
+        import peft
+        if getattr(lm, "is_quantized", False):
+            lm = lm.dequantize()                                # as it was trained on
+            lm._weight_conversions = None                       # a 4-bit checkpoint's cannot be reverted
+        lm = peft.PeftModel.from_pretrained(lm, name).merge_and_unload()
+        if Path(name, "generation_config.json").exists():
+            lm.generation_config = transformers.GenerationConfig.from_pretrained(name)
+    for module in lm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # it repacks 4-bit weights: no training
+            module.support_avx512bf16_for_cpu = False
+    try:
+        lm.generation_config.validate(strict=True)
+    except ValueError:  # transformers would refuse to save it: only its ids stay
+        ids = {k: x for k, x in vars(lm.generation_config).items() if k.endswith("token_id") and x != -1}
+        lm.generation_config = transformers.GenerationConfig(**ids)
+    return lm.to(device).eval()
 
 if __name__ == "__main__":
     main()

@@ -2,17 +2,20 @@
 import itertools
 import json
 import math
+import os
 import re
 import signal
-from types import SimpleNamespace
+import sys
+from datetime import datetime
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import eval as ev
 import rewards
+import toys
 
 TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -90,12 +93,12 @@ def evaluate(folder, out, *flags, model=("a",), data=None):
 
 def speak(monkeypatch, folder, reply):
     """The sampler replaced by reply(prompt text, sample) -> completion: known figures through the whole script."""
-    tokenizer = ev.load(AutoTokenizer, str(folder / "a"))
+    tokenizer = ev.load_tokenizer(str(folder / "a"), "reasoning")
 
-    def complete(lm, prompts, ends, args, noise=None, forbidden=()):
-        asked = [(tokenizer.decode(prompt), sample) for prompt in prompts for sample in range(args.samples)]
-        return [tokenizer.encode(reply(*question)) + [0] for question in asked]
-    monkeypatch.setattr(ev, "complete", complete)
+    def generate(lm, prompts, noise, group_size, *rest):
+        asked = [(tokenizer.decode(prompt), sample) for prompt in prompts for sample in range(group_size)]
+        return [tokenizer.encode(reply(*question)) + [0] for question in asked], None
+    monkeypatch.setattr(ev, "generate", generate)
 
 
 # ---------------------------------------------------------------------------------------------- sampling
@@ -104,28 +107,16 @@ PROMPTS = [[5, 6, 7], [9] * 11, [40, 41, 42, 43, 44, 45], [100], [9, 8, 9, 8, 9,
 
 def test_greedy_sampling_equals_generate_token_for_token_with_left_padding_and_several_end_tokens():
     model, ends, width = toy_model(), list(range(40)), max(map(len, PROMPTS))
-    ours = ev.complete(
-    model,
-    PROMPTS,
-    set(ends),
-    SimpleNamespace(
-        samples=1,
-        max_new_tokens=24,
-         temperature=0))
+    ours, logps = ev.generate(model, PROMPTS, None, 1, 24, 1.0, ends)
     ids = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS])
-    theirs = model.generate(
-    ids,
-    attention_mask=mask,
-    do_sample=False,
-    max_new_tokens=24,
-    eos_token_id=ends,
-     pad_token_id=259)
+    theirs = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=24, eos_token_id=ends,
+                            pad_token_id=259)
     for mine, other in zip(ours, theirs[:, width:].tolist(), strict=True):
         assert mine == other[:len(mine)] and set(other[len(mine):]) <= {259}
         assert mine[-1] in ends or len(mine) == 24
         assert not set(mine[:-1]) & set(ends)
-    assert len({len(mine) for mine in ours}) > 1
+    assert len({len(mine) for mine in ours}) > 1 and [*map(len, ours)] == [*map(len, logps)]
 
 
 def texts(path):
@@ -147,9 +138,8 @@ def test_sampled_completions_depend_neither_on_the_batch_nor_on_the_number_of_sa
 
 def test_sampling_follows_the_softmax_at_the_temperature():
     model, n, temperature = toy_model(2), 20_000, 2.0
-    args = SimpleNamespace(samples=n, max_new_tokens=1, temperature=temperature)
-    noise = torch.rand(n, 1, generator=torch.Generator().manual_seed(0)).numpy()
-    ids = ev.complete(model, [[7, 8]], {0}, args, noise)
+    noise = torch.rand(n, 1, generator=torch.Generator().manual_seed(0))
+    ids, _ = ev.generate(model, [[7, 8]], noise, n, 1, temperature, [0])
     want = (model(torch.tensor([[7, 8]])).logits[0, -1] / temperature).softmax(-1) * n
     got = torch.bincount(torch.tensor(ids)[:, 0], minlength=260)
     big = want > 5
@@ -159,22 +149,25 @@ def test_sampling_follows_the_softmax_at_the_temperature():
 
 
 def test_the_largest_noise_still_picks_an_id_of_the_vocabulary():
-    args = SimpleNamespace(samples=1, max_new_tokens=3, temperature=5.0)
-    noise = torch.full((len(PROMPTS), 3), 1 - 2 ** -24).numpy()
-    for ids in ev.complete(toy_model(), PROMPTS, {0}, args, noise):
+    noise = torch.full((len(PROMPTS), 3), 1 - 2 ** -24)
+    for ids in ev.generate(toy_model(), PROMPTS, noise, 1, 3, 5.0, [0])[0]:
         assert all(0 <= token < 260 for token in ids)
 
 
 def test_a_forbidden_token_never_follows_and_is_free_elsewhere():
-    args = SimpleNamespace(samples=200, max_new_tokens=30, temperature=3.0)
-    noise = torch.rand(200, 30, generator=torch.Generator().manual_seed(0)).numpy()
-    free = ev.complete(toy_model(3), [[5]], {259}, args, noise)
-    pairs = [pair for ids in free for pair in zip(ids, ids[1:])]
-    a, b = max(set(pairs), key=pairs.count)
-    after = [pair for ids in ev.complete(toy_model(3), [[5]], {259}, args, noise, [
-                                         a, b]) for pair in zip(ids, ids[1:])]
+    def pairs():
+        completions, _ = ev.generate(lm, [[5]], noise, 200, 30, 3.0, [259])
+        return [pair for ids in completions for pair in zip(ids, ids[1:])]
+
+    noise, lm = torch.rand(200, 30, generator=torch.Generator().manual_seed(0)), toy_model(3)
+    free = pairs()
+    a, b = max(set(free), key=free.count)
+    ev.forbid(lm, [a, b])
+    after = pairs()
     assert (a, b) not in after
     assert any(y == b for _, y in after) and any(x == a for x, _ in after)
+    ev.forbid(lm := toy_model(3), [])                           # without the flag nothing changes
+    assert pairs() == free
 
 
 # ---------------------------------------------------------------------------------------------- statistics
@@ -221,31 +214,12 @@ def test_figures_of_known_completions_come_out_as_known(folder, tmp_path, monkey
             return say("7+7=14 14+2=16 ok", "7+7+2") if sample else say("", "7*7*2")
         return "(9+6)-4" if "9, 4, 6" in prompt else say("1+2=3 3+3=6 6*4=24 ok", "1*2*3*4")
     speak(monkeypatch, folder, reply)
-    evaluate(
-    folder,
-    tmp_path /
-    "e.json",
-    "--samples",
-    2,
-    "--temperature",
-    1,
-    "--batch_size",
-    3,
-    "--weights",
-     "correct=2")
+    evaluate(folder, tmp_path / "e.json", "--samples", 2, "--temperature", 1, "--batch_size", 3, "--weights",
+             "correct=2")
     row, = json.loads((tmp_path / "e.json").read_text())
     assert FIELDS <= set(row)
-    assert (
-    row["n"],
-    row["accuracy"],
-    row["pass_at_k"],
-    row["format"],
-    row["truncated"]) == (
-        4,
-        5 / 8,
-        3 / 4,
-        5 / 8,
-         0)
+    figures = [row[name] for name in ("n", "accuracy", "pass_at_k", "format", "truncated")]
+    assert figures == [4, 5 / 8, 3 / 4, 5 / 8, 0]
     assert row["maj_at_k"] == pytest.approx((1 + 0.5 + 1 + 0) / 4)
     assert row["accuracy_low"] < row["accuracy"] < row["accuracy_high"] and row["reward"] == 2 * row["accuracy"]
     assert row["by"] == {"difficulty": {"easy": {"n": 2, "accuracy": 0.75}, "hard": {"n": 2, "accuracy": 0.5}},
@@ -253,20 +227,19 @@ def test_figures_of_known_completions_come_out_as_known(folder, tmp_path, monkey
     samples = read(tmp_path / "e.samples.jsonl")
     assert sorted((s["row"], s["sample"]) for s in samples) == [(i, k) for i in range(4) for k in range(2)]
     first, = [s for s in samples if (s["row"], s["sample"]) == (0, 0)]
-    assert first["prompt"] == "Numbers: [3, 5, 8]\nTarget: 64" and first["answer"] == "(5+3)*8"
-    parts = rewards.score(
-    "countdown", first["completion"], {
-        "nums": [
-            3, 5, 8], "target": 64}, weights={
-                "correct": 2})
+    chat = rewards.messages("countdown", {"nums": [3, 5, 8], "target": 64})
+    turns = "".join(f"<|{turn['role']}|>{turn['content']}<|end|>" for turn in chat)
+    assert first["prompt"] == turns + "<|assistant|>" and first["answer"] == "(5+3)*8"
+    row = {"nums": [3, 5, 8], "target": 64}
+    parts = rewards.score("countdown", first["completion"], row, weights={"correct": 2})
     assert all(first[name] == value for name, value in parts.items())
     rates = rewards.load_rows(f"countdown={tmp_path}/e.pass_rates.jsonl", "train")
     assert [r["pass_rate"] for r in rates] == [1.0, 1.0, 0.5, 0.0]
     assert [r["nums"] for r in rates] == [[3, 5, 8], [1, 2, 3, 4], [7, 7, 2], [9, 4, 6]]
     out = capfd.readouterr().out
     assert "62.5%" in out and "pass@2" in out and re.search(r"^difficulty easy +2 +75.0%$", out, re.M)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-                  "e.json", "e.pass_rates.jsonl", "e.samples.jsonl"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["e.json", "e.pass_rates.jsonl", "e.samples.jsonl"]
 
 
 def test_breakdowns_add_up_to_the_whole_for_each_of_several_tasks(folder, tmp_path, monkeypatch):
@@ -298,25 +271,18 @@ def test_several_models_stand_side_by_side_and_are_compared_on_the_same_problems
     assert re.search(r"/b +countdown .* 1 : 1 +1$", capfd.readouterr().out, re.M)
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
-def test_no_line_of_a_table_is_wider_than_the_terminal(capsys, monkeypatch, width):
-    monkeypatch.setenv("COLUMNS", str(width))
-    row = {"model": "runs/tiny-sft", "task": "countdown", "n": 500, "samples": 4, "accuracy": 0.4, "accuracy_low": 0.3,
-           "accuracy_high": 0.5, "accuracy_flexible": 0.4, "format": 1.0, "pass_at_k": 0.6, "maj_at_k": 0.5,
-           "completion_length": 40.2, "truncated": 0.0, "by": {"numbers": {"3": {"n": 500, "accuracy": 0.4}}}}
-    for table in ev.tables([row, {**row, "model": "runs/tiny-grpo",
-                           "better": 204, "worse": 16, "p": 1.1e-42}]):
+def test_a_table_has_a_column_for_each_figure_and_a_line_for_each_model(capsys):
+    row = {"model": "runs/tiny-sft", "task": "countdown", "n": 500, "samples": 4, "accuracy": 0.4,
+           "accuracy_low": 0.3, "accuracy_high": 0.5, "accuracy_flexible": 0.4, "format": 1.0, "pass_at_k": 0.6,
+           "maj_at_k": 0.5, "completion_length": 40.2, "truncated": 0.0,
+           "by": {"numbers": {"3": {"n": 500, "accuracy": 0.4}}}}
+    other = {**row, "model": "runs/tiny-grpo", "better": 204, "worse": 16, "p": 1.1e-42}
+    for table in ev.tables([row, other]):
         ev.print_table(table)
-    out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= width
-    assert all(
-    text in out for text in (
-        "40.0%",
-        "30.0% - 50.0%",
-        "pass@4",
-        "204 : 16",
-        "1.1e-42",
-         "numbers 3"))
+    names, first, second, *_, cell = capsys.readouterr().out.splitlines()[1:]
+    assert all(text in names for text in ("strict", "95 % interval", "pass@4", "maj@4", "better : worse", "p"))
+    assert "40.0%" in first and "30.0% - 50.0%" in first and first.startswith("runs/tiny-sft ")
+    assert "204 : 16" in second and "1.1e-42" in second and "numbers 3" in cell
 
 
 def test_the_asked_for_style_is_prompted_and_scored(folder, tmp_path, monkeypatch):
@@ -349,6 +315,29 @@ def test_shots_stand_before_the_problem_as_turns_and_only_before_those_of_their_
     shot = f"<|assistant|>{say('It is 3*4=12.', '12')}<|end|>"
     assert sum(shot in prompt for prompt in prompts) == 2 and not any(
         "Never shown" in prompt for prompt in prompts)
+
+
+def test_shots_that_a_template_would_cut_are_shown_in_one_user_turn_and_the_samples_hold_them(
+    folder, tmp_path, monkeypatch):
+    cut = "{{ m['content'].split('</think>')[-1] if m['role'] == 'assistant' else m['content'] }}"    # Qwen3
+    save(tmp_path / "cuts", chat_template=TEMPLATE.replace("{{ m['content'] }}", cut))
+    solved = {"question": "Shown?", "answer": "It is 3*4=<<3*4=12>>12.\n#### 12"}
+    write(tmp_path / "gsm8k" / "train.jsonl", [solved])
+    speak(monkeypatch, folder, lambda prompt, s: "<think>x</think><answer>10</answer>")
+    shot = "Shown?{}<think>It is 3*4=12.</think>\n<answer>12</answer>{}"
+    for name, between, after in ((folder / "a", "<|end|><|assistant|>", "<|end|><|user|>"), (
+            tmp_path / "cuts", "\n\n", "\n\n")):
+        evaluate(folder, tmp_path / "e.json", "--data", f"gsm8k={folder}/gsm8k.jsonl",
+                 f"countdown={folder}/countdown:1", "--shots", f"gsm8k={tmp_path}/gsm8k:1", "--style", "think",
+                 model=(name,))
+        samples = read(tmp_path / "e.samples.jsonl")
+        for sample in samples:
+            system, user = (turn["content"] for turn in rewards.messages(
+                sample["task"], rewards.load_rows(f"gsm8k={folder}/gsm8k.jsonl", "test")[sample["row"]]
+                if sample["task"] == "gsm8k" else {"nums": [3, 5, 8], "target": 64}, "think"))
+            shown = shot.format(between, after) if sample["task"] == "gsm8k" else ""
+            assert sample["prompt"] == f"<|system|>{system}<|end|><|user|>{shown}{user}<|end|><|assistant|>"
+        assert {sample["task"] for sample in samples} == {"gsm8k", "countdown"}
 
 
 def test_a_task_of_the_users_own_is_evaluated_and_shown_by_its_row_alone(folder, tmp_path, monkeypatch):
@@ -386,19 +375,24 @@ def adapter(folder, tmp_path):
 def test_an_adapter_folder_is_its_base_with_the_adapter_merged(folder, adapter, tmp_path, monkeypatch):
     name, model = adapter
     loaded, ids = [], torch.arange(4, 20)[None]
-    monkeypatch.setattr(
-    ev,
-    "complete",
-    lambda lm,
-    prompts,
-    *
-    rest: loaded.append(lm) or [
-        [0] for _ in prompts])
+    monkeypatch.setattr(ev, "generate", lambda lm, prompts, *rest: (
+        loaded.append(lm) or [[0] for _ in prompts], None))
     evaluate(folder, tmp_path / "e.json", model=(name,))
     merged, = loaded
     assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-4)
     assert not torch.allclose(merged(ids).logits, toy_model(0)(ids).logits, atol=1e-2)
-    assert all(module.merged for module in merged.modules() if hasattr(module, "lora_A"))
+    assert not any(hasattr(module, "lora_A") for module in merged.modules())
+
+
+def test_an_adapter_folders_own_generation_config_comes_before_its_bases(
+    folder, adapter, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ev, "generate", lambda lm, prompts, noise, size, limit, temperature, ends, *rest: (
+        seen.append(set(ends)) or [[0] for _ in prompts], None))
+    evaluate(folder, tmp_path / "e.json", model=(adapter[0],))
+    (tmp_path / "adapter" / "generation_config.json").write_text('{"eos_token_id": [50, 51], "top_k": 3}')
+    evaluate(folder, tmp_path / "e.json", model=(adapter[0],))
+    assert seen == [{0}, {0, 50, 51}]
 
 
 def test_lm_evaluation_harness_loads_a_saved_checkpoint_and_scores_with_its_logits(folder):
@@ -416,13 +410,13 @@ def test_lm_evaluation_harness_loads_a_saved_checkpoint_and_scores_with_its_logi
 
 # ---------------------------------------------------------------------------------------------- what can go wrong
 def after(calls, how):
-    """complete(), with how() in place of it when it has been called so often"""
-    real, called = ev.complete, []
+    """generate(), with how() in place of it when it has been called so often"""
+    real, called = ev.generate, []
 
-    def complete(*args, **kwargs):
+    def generate(*args, **kwargs):
         called.append(1)
         return how() if len(called) > calls else real(*args, **kwargs)
-    return complete
+    return generate
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -430,7 +424,7 @@ def test_an_interrupt_keeps_the_completions_so_far_and_the_results_of_before(
     folder, tmp_path, monkeypatch, capsys, number):
     evaluate(folder, tmp_path / "e.json")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(ev, "complete", after(2, lambda: signal.raise_signal(number)))
+    monkeypatch.setattr(ev, "generate", after(2, lambda: signal.raise_signal(number)))
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         evaluate(folder, tmp_path / "e.json", "--batch_size", 1)
@@ -448,7 +442,7 @@ def raise_oom():
 
 def test_out_of_memory_names_the_flags_that_help_and_keeps_the_completions(
     folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ev, "complete", after(1, raise_oom))
+    monkeypatch.setattr(ev, "generate", after(1, raise_oom))
     with pytest.raises(SystemExit) as stop:
         evaluate(folder, tmp_path / "e.json", "--batch_size", 2)
     err = capsys.readouterr().err
@@ -473,6 +467,34 @@ def test_a_full_disk_gets_one_line_and_loses_neither_old_results_nor_new_complet
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
+def test_a_closed_pipe_and_odd_columns_lose_no_result(folder, tmp_path, monkeypatch, capfd):
+    """`eval.py ... | true`, on a Parquet file with times and bytes."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"nums": [3, 5, 8], "target": 64, "made": datetime(2026, 1, 2), "image": b"\xff"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    speak(monkeypatch, folder, lambda prompt, sample: say("x", "(5+3)*8"))
+
+    def into_a_closed_pipe():
+        end, pipe = os.pipe()
+        os.close(end)
+        os.dup2(pipe, 1)
+        sys.stdout = open(1, "w", closefd=False)
+
+    def main(argv):
+        ev.main(argv)
+        sys.stdout.flush()                                      # as Python does when it ends
+
+    argv = ["--model", f"{folder}/a", "--data", f"countdown={tmp_path}/rows.parquet", "--samples", "2",
+            "--temperature", "1", "--output", f"{tmp_path}/e.json"]
+    capfd.readouterr()
+    assert toys.exit_code(toys.fork(main, argv, before=into_a_closed_pipe)) == 0
+    assert "Traceback" not in capfd.readouterr().err
+    row, = json.loads((tmp_path / "e.json").read_text())
+    assert row["accuracy"] == 1 and len(read(tmp_path / "e.samples.jsonl")) == 2
+    rate, = read(tmp_path / "e.pass_rates.jsonl")
+    assert rate["pass_rate"] == 1 and rate["made"].startswith("2026-01-02") and isinstance(rate["image"], str)
+
+
 def test_files_that_are_cut_off_or_lack_weights_get_one_line(folder, tmp_path, adapter, capsys):
     from safetensors.torch import load_file, save_file
     save(tmp_path / "damaged")
@@ -491,7 +513,8 @@ def test_files_that_are_cut_off_or_lack_weights_get_one_line(folder, tmp_path, a
             evaluate(folder, tmp_path / "e.json", model=(tmp_path / model,))
         said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eval.py: ")]
         assert stop.value.code == 2 and len(said) == 1
-        assert str(tmp_path / model) in said[0] or "./gone" in said[0]
+        assert said[0].startswith(f"eval.py: --model {tmp_path / model}: ")
+        assert "./gone" in said[0] or "gone" not in config.read_text()      # a moved base: both are named
 
 
 def test_wrong_input_gets_one_line_and_exit_code_2_before_any_model_loads(
@@ -530,6 +553,7 @@ def test_wrong_input_gets_one_line_and_exit_code_2_before_any_model_loads(
              ({"--shots": [f"countdown={tmp_path}/unsolved.jsonl:1"]},
               "worked answer"), ({"--forbid_after": ["ab", "c"]}, "[2, 1]"),
              ({"@gone.txt": [""]}, "gone.txt")]
+    capsys.readouterr()
     for change, said in cases:
         argv = [str(a) for flag, values in {**good, **change}.items() if values for a in (flag, *values)]
         with pytest.raises(SystemExit) as stop:

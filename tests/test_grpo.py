@@ -4,7 +4,6 @@ logits, TRL, enumeration of all sequences, transformers' generate, a run that wa
 TRL runs its own code from the rewards on, over ids, rewards and log-probabilities that are fixed here. Its
 numbers are in grpo_reference.json, for where TRL is not installed; `python tests/test_grpo.py --write`
 computes them again."""
-import contextlib
 import copy
 import fcntl
 import functools
@@ -28,10 +27,7 @@ import torch
 import torch._dynamo  # which FSDP imports: here, once for all forks
 from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Mamba2Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for --write; pytest has conftest.py
 import grpo
@@ -41,11 +37,10 @@ from toys import exit_code
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"                      # tests fork
 LOSSES = ("grpo", "dr_grpo", "dapo", "cispo", "gspo")
-KEYS = {
-    "step", "reward", "correct", "format", "length", "process", "efficiency", "frac_reward_zero_std",
+KEYS = {"step", "reward", "correct", "format", "length", "process", "efficiency", "frac_reward_zero_std",
     "frac_reward_zero_std_after", "completion_length", "truncated", "entropy", "kl", "clip_low", "clip_high",
-    "grad_norm", "logp_gap", "lr", "temperature", "sample_seconds", "sample_tokens_per_s", "update_seconds",
-    "update_tokens_per_s", "step_seconds", "peak_memory_gb"}
+    "grad_norm", "logp_gap", "lr", "temperature", "groups_drawn", "sample_seconds", "update_seconds",
+    "step_seconds", "peak_memory_gb"}
 SCORE_BATCH = rewards.score_batch
 
 
@@ -114,8 +109,9 @@ def together(world, argv, before=lambda rank: None):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Of runs: policies, sampled groups, gradients before each update, what the loss was called with."""
-    seen = SimpleNamespace(policies=[], groups=[], gradients=[], losses=[])
+    """Of runs: policies, what is trained of them, scored groups, gradients before each update, what the loss
+    was called with."""
+    seen = SimpleNamespace(policies=[], trained=[], groups=[], gradients=[], losses=[])
 
     def spy(name, record):
         real = getattr(grpo, name)
@@ -129,39 +125,39 @@ def seen(monkeypatch):
 
     real_update = grpo.update
 
-    def update(*args, **kwargs):
-        named = seen.policies[-1].named_parameters()
-        seen.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
-        return real_update(*args, **kwargs)
+    def update(trained, *args):
+        masters = {name: master for name, (_, master) in trained.items()}
+        seen.gradients.append({name: x.grad.clone() for name, x in masters.items() if x.grad is not None})
+        return real_update(trained, *args)
 
     def kept(x):
         return x if x is None else x.detach().clone()
 
     spy("load_policy", lambda found, *_: seen.policies.append(found[0]))
-    spy("sample", lambda groups, *_: seen.groups.append(groups))
+    spy("fp32_masters", lambda found, *_: seen.trained.append(found))
+    spy("roll_out", lambda groups, *_: seen.groups.append(groups))
     spy("policy_loss", lambda found, *args: seen.losses.append(tuple(map(kept, args))))
     monkeypatch.setattr(grpo, "update", update)
     return seen
 
 
-def made_up(n, seed=0, limit=12, adv=None):
+def made_up(n, seed=0, limit=12):
     """Ragged rollouts: random ids, every third cut off at the limit, the others ended."""
     rng, out = random.Random(seed), []
     for i in range(n):
         prompt = [rng.randrange(10, toys.VOCAB) for _ in range(rng.randint(2, 9))]
         length = limit if i % 3 == 0 else rng.randint(0, limit - 1)
         ids = [rng.randrange(10, toys.VOCAB) for _ in range(length)] + [0] * (i % 3 != 0)
-        out.append(grpo.Rollout(index=0, prompt=prompt, completion=ids, logps=torch.full((len(ids),), -4.0),
-                                ended=i % 3 != 0, text="", parts={"reward": 0.0, "correct": 0.0},
-                                advantage=rng.gauss(0, 1) if adv is None else adv))
+        out.append(grpo.Rollout({"task": "countdown", "prompt": "", "prompt_ids": prompt}, ids,
+                                torch.full((len(ids),), -4.0), i % 3 != 0, "",
+                                dict.fromkeys([*rewards.WEIGHTS, "reward"], 0.0), rng.gauss(0, 1)))
     return out
 
 
 def train_on(monkeypatch, rollouts):
     """From now on every step trains on these rollouts, with the advantages that they have."""
     groups = [rollouts[at:at + 4] for at in range(0, len(rollouts), 4)]
-    monkeypatch.setattr(grpo, "sample", lambda *args, **kwargs: groups)
-    monkeypatch.setattr(grpo, "score", lambda groups, *args, **kwargs: groups)
+    monkeypatch.setattr(grpo, "roll_out", lambda *args, **kwargs: groups)
     adv = torch.tensor([r.advantage for r in rollouts])
     monkeypatch.setattr(grpo, "advantages", lambda *args, **kwargs: adv)
 
@@ -190,22 +186,21 @@ def taken(logps, ids):
     return logps.gather(1, torch.tensor(ids)[:, None]).squeeze(1)
 
 
-def plain_gradient(lm, rollouts, loss="dapo", *, temperature=1.0, beta=0.0, ref=None, masked=False, limit=12,
-                   extra=0.0):
+def plain_gradient(lm, rollouts, loss="dapo", *, temperature=1.0, beta=0.0, ref=None, limit=12, extra=0.0):
     """Gradient of a step's loss at ratio 1 in float64, sequence by sequence, from the papers' formulas."""
     lm = copy.deepcopy(lm).double().train()
     lm.zero_grad()
-    rows = [r for r in rollouts if r.ended or not masked]
-    tokens, total = sum(len(r.completion) for r in rows), 0.0
-    for r in rows:
-        logp = taken(full_logps(lm, r.prompt, r.completion, temperature), r.completion)
+    tokens, total = sum(len(r.completion) for r in rollouts), 0.0
+    for r in rollouts:
+        prompt = r.row["prompt_ids"]
+        logp = taken(full_logps(lm, prompt, r.completion, temperature), r.completion)
         ratio = (logp - logp.detach()).exp()
         if loss == "gspo":
             ratio = (logp - logp.detach()).mean().exp().expand(len(logp))
         each = -(logp if loss == "cispo" else ratio) * r.advantage + extra * logp
         if beta:
             with torch.no_grad():
-                at_ref = taken(full_logps(copy.deepcopy(ref).double(), r.prompt, r.completion, temperature),
+                at_ref = taken(full_logps(copy.deepcopy(ref).double(), prompt, r.completion, temperature),
                                r.completion)
             each = each + beta * ((at_ref - logp).exp() - (at_ref - logp) - 1)
         total = total + {"grpo": each.mean() / len(rollouts), "gspo": each.mean() / len(rollouts),
@@ -233,7 +228,7 @@ def far(a, b):
 
 def metrics(out):
     """metrics.jsonl without what a clock or another process has a hand in."""
-    return [{k: v for k, v in m.items() if not k.endswith(("seconds", "per_s", "memory_gb"))}
+    return [{k: v for k, v in m.items() if not k.endswith(("seconds", "memory_gb"))}
             for m in toys.read(out / "metrics.jsonl")]
 
 
@@ -243,14 +238,19 @@ def assert_same_run(out, whole):
     assert not list(out.glob("tmp-*"))
 
 
-def refusal(argv, capfd):
-    """All that a refused command says: one line."""
+def refusal(argv, capfd, alone=True):
+    """The one line in which a command is refused; alone: nothing stands before it."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(argv)
-    err = capfd.readouterr().err
-    assert stop.value.code == 2 and err.startswith("grpo.py: ") and err.count("\n") == 1, err
-    return err
+    *before, line = capfd.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith("grpo.py: ") and not (alone and before), (before, line)
+    return line
+
+
+def place(group):
+    """Of a group's row in toys.COUNTDOWN."""
+    return [row["nums"] for row in toys.COUNTDOWN].index(group[0].row["nums"])
 
 
 def p_value(chi_square, freedom):
@@ -413,30 +413,51 @@ def test_losses_of_micro_batches_add_up_when_ratios_differ_from_one():
 # -------------------------------------------------------------------------------------- log-probabilities
 def padded(rollouts, more=0):
     """ids, prompt lengths and mask, right-padded by `more` columns beyond the longest row."""
-    width, longest = (max(len(x) for x in xs) for xs in zip(*((r.prompt + r.completion, r.completion)
-                                                              for r in rollouts)))
-    ids, mask = torch.full((len(rollouts), width + more), 99), torch.zeros(len(rollouts), longest + more)
+    rows = [r.row["prompt_ids"] + r.completion for r in rollouts]
+    ids = torch.full((len(rows), max(map(len, rows)) + more), 63)
+    mask = torch.zeros(len(rows), max(len(r.completion) for r in rollouts) + more)
     for i, r in enumerate(rollouts):
-        ids[i, :len(r.prompt + r.completion)] = torch.tensor(r.prompt + r.completion)
+        ids[i, :len(rows[i])] = torch.tensor(rows[i])
         mask[i, :len(r.completion)] = 1
-    return ids, torch.tensor([len(r.prompt) for r in rollouts]), mask
+    return ids, torch.tensor([len(r.row["prompt_ids"]) for r in rollouts]), mask
 
 
-def test_log_probabilities_and_entropies_equal_a_full_forward_whatever_the_padding_and_chunks():
-    lm, rollouts, gradients = toys.model(), made_up(5), []
+@pytest.mark.parametrize("kind", toys.KINDS)
+def test_log_probabilities_and_entropies_equal_a_full_forward_whatever_the_padding_and_chunks(kind):
+    lm, rollouts, gradients = toys.small(kind, vocab_size=toys.VOCAB), made_up(5), []
     for more, chunk in itertools.product((0, 6), (1, 7 * toys.VOCAB, 10 ** 9)):
         lm.zero_grad()
         logp, entropy = grpo.completion_logps(lm, *padded(rollouts, more), 0.7, chunk=chunk)
         (logp * torch.arange(1, 6)[:, None]).sum().backward()
-        gradients.append({name: p.grad.clone() for name, p in lm.named_parameters()})
+        gradients.append({name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None})
         for i, r in enumerate(rollouts):
             with torch.no_grad():
-                wanted, n = full_logps(lm, r.prompt, r.completion, 0.7), len(r.completion)
+                wanted, n = full_logps(lm, r.row["prompt_ids"], r.completion, 0.7), len(r.completion)
             torch.testing.assert_close(logp[i, :n], taken(wanted, r.completion), rtol=0, atol=1e-5)
             torch.testing.assert_close(entropy[i, :n], -(wanted.exp() * wanted).sum(-1), rtol=0, atol=1e-5)
             assert not logp[i, n:].any() and not entropy[i, n:].any()
     for gradient in gradients[1:]:
-        assert_same(gradient, gradients[0], atol=1e-4)
+        assert_same(gradient, gradients[0], atol=2e-4)
+
+
+@pytest.mark.parametrize("kind, off", [(kind, key) for kind, (_, config) in toys.KINDS.items()
+                                       for key in toys.OFF if key in config])
+def test_windows_scales_and_caps_of_the_models_above_change_their_logits(kind, off):
+    """Or leaving them out would go unseen."""
+    with torch.no_grad():
+        ids = torch.tensor([list(range(3, 20))])
+        one, other = (toys.small(kind, **config)(ids).logits for config in ({}, {off: toys.OFF[off]}))
+    assert (one.log_softmax(-1) - other.log_softmax(-1)).abs().max() > 1e-3
+
+
+def test_logits_that_the_chunked_head_gets_wrong_are_refused():
+    for kind, dtype in itertools.product(toys.KINDS, (torch.float32, torch.bfloat16)):
+        grpo.check_head(toys.small(kind).to(dtype))
+    lm = toys.small("granite").to(torch.float32)
+    forward = lm.forward                                            # as HyperCLOVA X, which multiplies
+    lm.forward = lambda **options: SimpleNamespace(logits=forward(**options).logits * 16)
+    with pytest.raises(ValueError, match="granite changes its logits"):
+        grpo.check_head(lm)
 
 
 def test_the_entropy_has_no_gradient_and_the_change_of_a_word_that_the_code_names_gives_it_one():
@@ -451,43 +472,25 @@ def test_the_entropy_has_no_gradient_and_the_change_of_a_word_that_the_code_name
         found = {name: p.grad.clone() for name, p in lm.named_parameters()}
         lm.zero_grad()
         for r in rollouts:
-            wanted = full_logps(lm, r.prompt, r.completion, 0.7)
+            wanted = full_logps(lm, r.row["prompt_ids"], r.completion, 0.7)
             (-(wanted.exp() * wanted).sum()).backward()
         assert_same(found, {name: p.grad for name, p in lm.named_parameters()}, atol=1e-4)
-
-
-class Memory(TorchDispatchMode):
-    """The largest tensor made, in elements, and the most bytes alive at once."""
-    def __init__(self):
-        super().__init__()
-        self.largest, self.peak, self.alive = 0, 0, {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                storage = x.untyped_storage()
-                self.largest = max(self.largest, storage.nbytes() // x.element_size())
-                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
-        return out
 
 
 def test_no_tensor_of_batch_by_time_by_vocabulary_ever_exists():
     n, width, vocab, hidden, chunk = 2, 40, 151_936, 8, 2 ** 19
     lm = toys.model(vocab=vocab, hidden=hidden, layers=1)
     ids, mask = torch.randint(1, vocab, (n, width + 4)), torch.ones(n, width)
-    with Memory() as update:                                        # forward and backward
+    with toys.Memory() as update:                                        # forward and backward
         logp = grpo.completion_logps(lm, ids, torch.full((n,), 4), mask, 1.0, chunk=chunk)[0]
         grpo.policy_loss(logp, logp.detach(), None, torch.ones(n), mask, num_tokens=n * width, num_seqs=n,
                          max_new_tokens=width)[0].backward()
     assert update.largest <= max(chunk, vocab * hidden) and 0 < update.peak < 0.5 * 4 * n * width * vocab
-    with Memory() as full:                                          # the ruler measures: full logits are seen
+    with toys.Memory() as full:                                     # the ruler measures: full logits are seen
         lm(input_ids=ids[:1, :8]).logits.log_softmax(-1)
     assert full.largest == 8 * vocab and full.peak >= 2 * 4 * 8 * vocab
-    with Memory() as sampling:
-        grpo.Sampler(lm, {0})([[5] * 40, [6] * 30], grpo.uniforms(0, 1, range(4), 3), 2, 3, 1.0)
+    with toys.Memory() as sampling:
+        grpo.generate(lm, [[5] * 40, [6] * 30], noise(4, 3), 2, 3, 1.0, {0})
     assert sampling.largest <= max(4 * vocab, vocab * hidden)
 
 
@@ -501,38 +504,34 @@ def test_gradient_of_a_step_is_the_papers_for_any_split_into_micro_batches(
         random.Random(order).shuffle(rollouts)
         with monkeypatch.context() as patch:
             train_on(patch, rollouts)
-            run(toy, tmp_path / f"{size}",
-                f"--loss {loss} --beta 0.05 --mask_truncated --micro_batch_size {size} --steps 1",
+            run(toy, tmp_path / f"{size}", f"--loss {loss} --beta 0.05 --micro_batch_size {size} --steps 1",
                 "--prompts_per_step 2 --temperature 0.8 --lr 0")
         before = toys.model()
-        wanted = plain_gradient(seen.policies[-1], rollouts, loss, temperature=0.8, beta=0.05, ref=before,
-                                masked=True)
+        wanted = plain_gradient(seen.policies[-1], rollouts, loss, temperature=0.8, beta=0.05, ref=before)
         assert_same(seen.gradients[-1], wanted)
 
 
 def test_every_sampled_id_is_trained_the_end_included_and_none_is_tokenised_again(toy, tmp_path, monkeypatch):
     trained, sampled = [], []
-    logps, sample = grpo.completion_logps, grpo.Sampler.__call__
+    logps, generate = grpo.completion_logps, grpo.generate
 
     def spy_logps(lm, ids, prompt_lengths, mask, *args):
         trained.extend(ids[i, :prompt_lengths[i] + int(mask[i].sum())].tolist() for i in range(len(ids))
                        if mask[i].any())
         return logps(lm, ids, prompt_lengths, mask, *args)
 
-    def spy_sample(self, prompts, noise, group_size, *args):
-        found = sample(self, prompts, noise, group_size, *args)
+    def spy_generate(lm, prompts, noise, group_size, *args, **kwargs):
+        found = generate(lm, prompts, noise, group_size, *args, **kwargs)
         sampled.extend(prompts[i // group_size] + ids for i, ids in enumerate(found[0]))
         return found
 
     monkeypatch.setattr(grpo, "completion_logps", spy_logps)
-    monkeypatch.setattr(grpo.Sampler, "__call__", spy_sample)
-    run(toy, tmp_path / "a", "--steps 1 --group_size 8 --max_new_tokens 40")
+    monkeypatch.setattr(grpo, "generate", spy_generate)
+    run(toy, tmp_path, "--steps 1 --group_size 8 --max_new_tokens 40 --beta 0.01")
+    trained = [list(ids) for ids in set(map(tuple, trained))]       # under reference and policy
     assert sorted(trained) == sorted(sampled) and len(sampled) == 32
     assert any(ids[-1] == 0 for ids in trained)                     # here also the id that pads
     assert any(max(ids) >= len(toys.tokenizer()) for ids in trained)    # no text has these ids
-    trained.clear(), sampled.clear()
-    run(toy, tmp_path / "b", "--steps 1 --group_size 8 --max_new_tokens 40 --mask_truncated")
-    assert sorted(trained) == sorted(ids for ids in sampled if ids[-1] == 0) and 0 < len(trained) < 32
 
 
 @pytest.mark.parametrize("beta", [0, 0.1])
@@ -545,7 +544,7 @@ def test_a_step_of_equal_rewards_changes_nothing_without_the_kl_and_is_pulled_ba
 
     @torch.no_grad()
     def kl(lm):
-        pairs = [[full_logps(m, r.prompt, r.completion) for m in (lm, reference)]
+        pairs = [[full_logps(m, r.row["prompt_ids"], r.completion) for m in (lm, reference)]
                  for r in sum(seen.groups[0], [])]
         return sum(float((p.exp() * (p - q)).sum()) for p, q in pairs)
 
@@ -562,39 +561,76 @@ def test_a_step_of_equal_rewards_changes_nothing_without_the_kl_and_is_pulled_ba
         assert trace == trace[:1] * 6 and all(m["grad_norm"] == 0 for m in lines)
 
 
-def test_rows_without_an_advantage_are_measured_but_get_no_backward_pass(toy, tmp_path, monkeypatch, seen):
-    rollouts, passes, said, backward = made_up(12), [], [], torch.Tensor.backward
+def test_rows_without_an_advantage_are_left_out_without_the_kl_and_the_update_is_the_same(
+        toy, tmp_path, monkeypatch, seen):
+    rollouts, lines = made_up(12), []
     for r in rollouts[:7]:
         r.advantage = 0.0
     train_on(monkeypatch, rollouts)
-    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: (passes.append(1), backward(loss)))
     for beta in (0, 1e-12):                                         # with the KL every row has a gradient
-        passes.clear()
-        said += run(toy, tmp_path / f"{beta}",
-                    f"--beta {beta} --micro_batch_size 4 --steps 1 --prompts_per_step 3")
-        assert len(passes) == (2 if beta == 0 else 3)
-    for name in ("entropy", "logp_gap", "loss", "grad_norm"):
-        assert said[0][name] == pytest.approx(said[1][name], rel=1e-4, abs=1e-7)
+        lines += run(toy, tmp_path / f"{beta}",
+                     f"--beta {beta} --micro_batch_size 4 --steps 1 --prompts_per_step 3")
+    assert [len(adv) for *_, adv, _ in seen.losses] == [4, 1, 4, 4, 4]
+    for name in ("loss", "grad_norm"):
+        assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-4, abs=1e-7)
     assert_same(seen.gradients[0], seen.gradients[1])
+    assert_same(seen.gradients[0], plain_gradient(toys.model(), rollouts))
+
+
+@pytest.mark.parametrize("loss", ["dapo", "grpo"])
+def test_where_too_few_groups_live_dead_ones_fill_up_and_count_in_the_denominators(
+        toy, tmp_path, monkeypatch, seen, loss):
+    lively = {row["target"] for row in toys.COUNTDOWN[:2]}
+    pay(monkeypatch, lambda text, row: odd_sum(text, row) if row["target"] in lively else 0.25)
+    m, = run(toy, tmp_path, f"--steps 1 --prompts_per_step 3 --max_resample 1 --lr 0 --loss {loss}")
+    drawn = sum(seen.groups, [])
+    dead = [len({r.parts["reward"] for r in group}) == 1 for group in drawn]
+    living = [group for group, d in zip(drawn, dead) if not d]
+    assert 0 < len(living) < 3 < len(drawn) == m["groups_drawn"]
+    chosen = sum(living + [group for group, d in zip(drawn, dead) if d], [])[:12]
+    assert m["frac_reward_zero_std_after"] == pytest.approx(1 - len(living) / 3)
+    assert {r.advantage for r in chosen[4 * len(living):]} == {0.0}
+    assert_same(seen.gradients[0], plain_gradient(toys.model(), chosen, loss))
 
 
 def test_a_loss_term_of_your_own_is_trained_on_groups_without_advantage_too(toy, tmp_path, monkeypatch, seen):
-    """A line in policy_loss, after per_token is complete."""
-    rollouts, namespace, source = made_up(8), dict(vars(grpo)), inspect.getsource(grpo.policy_loss)
+    """A line in policy_loss, after per_token is complete, and train() leaves no row out."""
+    rollouts, edited = made_up(8), {}
     for r in rollouts[:5]:
         r.advantage = 0.0
-    exec(source.replace("    norm = {", "    per_token = per_token + 0.3 * logp\n    norm = {"), namespace)
+    for name, old, new in (("policy_loss", "    norm =", "    per_token += 0.3 * logp\n    norm ="),
+                           ("train", "for r in rollouts if r.advantage or args.beta]", "for r in rollouts]")):
+        source = inspect.getsource(inspect.unwrap(getattr(grpo, name)))
+        assert source.count(old) == 1
+        exec(source.replace(old, new), vars(grpo), edited)
+        monkeypatch.setattr(grpo, name, edited[name])
     train_on(monkeypatch, rollouts)
-    monkeypatch.setattr(grpo, "policy_loss", namespace["policy_loss"])
     run(toy, tmp_path, "--micro_batch_size 2 --steps 1 --lr 0 --prompts_per_step 2")
     assert_same(seen.gradients[0], plain_gradient(toys.model(), rollouts, extra=0.3))
 
 
-def test_completions_that_are_all_cut_off_and_masked_change_nothing_and_every_number_is_logged(
-        toy, tmp_path, seen):
-    lines = run(toy, tmp_path, "--mask_truncated --max_new_tokens 1 --seed 3 --steps 1")
-    assert all(m["truncated"] == 1 for m in lines) and all(KEYS <= set(m) for m in lines)
-    assert far(tmp_path, toy / "model") == 0
+def test_groups_that_are_all_dead_are_warned_of_at_the_first_step_and_where_it_begins_later(
+        toy, tmp_path, monkeypatch, capfd):
+    """Once at step 1; later, once three steps in a row were so. Every number is logged."""
+    step = [0]
+
+    def score_batch(tasks, texts, *args, **kwargs):
+        step[0] += 1
+        dull = dict.fromkeys(rewards.WEIGHTS, 0.0) | {"format": 0.5, "reward": 0.15}
+        return [dull if step[0] in dead else dull | {"reward": len(x) + odd_sum(x, None)} for x in texts]
+
+    monkeypatch.setattr(rewards, "score_batch", score_batch)
+    for dead, warned in (([1, 2, 3, 4], [1]), ([2, 3, 4, 5], [4]), ([1, 2, 4, 5, 6], [1, 6]), ([3, 4], [])):
+        step[0], out = 0, tmp_path / f"{len(dead)}{dead[0]}"
+        lines = run(toy, out, f"--steps {max(dead)} --prompts_per_step 2")
+        assert [m["step"] for m in lines if m["frac_reward_zero_std"] == 1] == dead
+        assert all(KEYS <= set(m) for m in lines)
+        assert (far(out, toy / "model") > 0) == (len(dead) < len(lines))
+        said = capfd.readouterr().err.splitlines()
+        marks = [i for i, line in enumerate(said) if "every group is dead" in line]
+        assert [sum(line.startswith("step ") for line in said[:i]) for i in marks] == warned
+        for i in marks:                                             # `length`, at 0 too, weighs nothing
+            assert ": correct, process, efficiency. " in said[i] and "sft.py" in said[i]
 
 
 def test_later_inner_epochs_take_the_first_ones_log_probabilities_as_old(toy, tmp_path, monkeypatch, seen):
@@ -613,25 +649,62 @@ def test_later_inner_epochs_take_the_first_ones_log_probabilities_as_old(toy, tm
         assert line[name] == pytest.approx(float(share), abs=1e-6) and share > 0
 
 
-def test_an_update_of_5e_7_moves_fp32_weights_under_bfloat16_compute(toy, tmp_path, monkeypatch, seen):
+def test_an_update_of_5e_7_reaches_the_masters_of_bfloat16_weights(toy, tmp_path, seen):
     """In bfloat16 itself an update of 5e-7 would be lost in nearly every weight."""
-    plains, real, start = [], grpo.refresh, toys.model()
-    monkeypatch.setattr(grpo, "refresh", lambda plain, lm: (plains.append(plain), real(plain, lm))[1])
-    train_on(monkeypatch, made_up(8))
     run(toy, tmp_path, "--dtype bfloat16 --lr 5e-7 --prompts_per_step 2 --max_grad_norm 0")
-    policy, begun = seen.policies[0], dict(start.named_parameters())
-    sampled_from = dict(plains[-1].named_parameters())
-    for name, p in policy.named_parameters():
-        assert p.dtype == torch.float32 and sampled_from[name].dtype == torch.bfloat16
-        assert torch.equal(sampled_from[name], p.bfloat16())
-        moved = (p - begun[name]).abs()
-        assert moved.max() < 2e-6 and moved[moved > 0].median() > 1e-7
-    assert torch.cat([(p != begun[n]).flatten() for n, p in policy.named_parameters()]).float().mean() > 0.9
+    start, moved = dict(toys.model().bfloat16().named_parameters()), []
+    for name, (_, master) in seen.trained[0].items():
+        moved.append((master - start.pop(name).float()).abs().flatten())
+    moved = torch.cat(moved)
+    assert not start and moved.max() < 2e-6 and (moved > 1e-7).float().mean() > 0.7
+
+
+def test_small_updates_add_up_in_the_masters_and_gradients_are_accumulated_in_fp32():
+    args = grpo.parse_args("--model x --lr 5e-7 --optim adamw --max_grad_norm 0".split())
+    model = torch.nn.Linear(8, 1, bias=False, dtype=torch.bfloat16)
+    start = model.weight.data.fill_(0.1).clone()
+    trained = grpo.fp32_masters(model)
+    (p, master), = trained.values()
+    optimizer = grpo.make_optimizer(trained, args)
+    for size in (256, 1, 1, 1):                                     # bfloat16 makes 256 of 256 + 1
+        (p.sum() * size).backward()
+        assert p.grad is None
+    assert (master.grad == 259).all()
+    optimizer.zero_grad()
+    for step in range(600):
+        p.sum().backward()
+        grpo.update(trained, optimizer, 1.0, args, True)
+        assert master.grad is None and (step or torch.equal(p, start) and (master < start.float()).all())
+    assert (p < start).all() and torch.equal(p, master.bfloat16())
+    torch.testing.assert_close(master, start.float() - 600 * 5e-7, rtol=0, atol=6e-6)
+
+
+@pytest.mark.parametrize("more", ["", "--lora_rank 4", "--lora_rank 4 --load_in_4bit"],
+                         ids=["whole", "lora", "qlora"])
+def test_in_bfloat16_the_gap_between_sampler_and_trainer_is_small(toy, tmp_path, seen, more):
+    """It was up to 0.0078 here when fp32 weights were trained and a bfloat16 copy was sampled from."""
+    lines = run(toy, tmp_path, "--dtype bfloat16 --steps 2 --group_size 8 --prompts_per_step 8 --lr 1e-2",
+                "--max_new_tokens 24", more)
+    assert all(0 < m["logp_gap"] < 0.0035 and m["grad_norm"] > 0 for m in lines)
+    for p, master in seen.trained[0].values():                      # one set of weights, and its masters
+        assert (p.dtype, master.dtype) == (torch.bfloat16, torch.float32)
+        assert torch.equal(p, master.bfloat16())
+
+
+def test_dropout_is_off_in_every_pass(tmp_path, seen):
+    """In transformers' GPT-2 it is 0.1 three times over; here it would drop half."""
+    toys.save(tmp_path)
+    toys.small("gpt2", vocab_size=toys.VOCAB, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5,
+               eos_token_id=0).save_pretrained(tmp_path / "model")
+    line, _ = run(tmp_path, tmp_path / "out", "--beta 0.1 --inner_epochs 2 --lr 0")
+    assert abs(line["kl"]) < 1e-6 and line["logp_gap"] < 1e-4
+    assert all(torch.equal(logp, old) for logp, old, *_ in seen.losses)
 
 
 @pytest.mark.parametrize("schedule, falls", [
-    ("constant", [1, 1, 1]), ("linear", [0.75, 0.5, 0.25]), ("cosine", [0.5 + 0.125 ** 0.5, 0.5, 0.5 - 0.125 ** 0.5])])
-def test_the_learning_rate_rises_evenly_to_its_peak_and_then_follows_the_schedule(toy, tmp_path, schedule, falls):
+    ("constant", [1, 1, 1]), ("linear", [0.75, 0.5, 0.25]),
+    ("cosine", [0.5 + 0.125 ** 0.5, 0.5, 0.5 - 0.125 ** 0.5])])
+def test_the_learning_rate_rises_to_its_peak_and_then_follows_the_schedule(toy, tmp_path, schedule, falls):
     short = f"--lr_schedule {schedule} --prompts_per_step 1 --group_size 2 --max_new_tokens 2"
     lines = run(toy, tmp_path / "a", f"{short} --lr 1e-3 --steps 6 --warmup 2")
     assert [m["lr"] for m in lines] == pytest.approx([1e-3 * x for x in (0.5, 1, 1, *falls)])
@@ -643,18 +716,11 @@ def test_the_learning_rate_rises_evenly_to_its_peak_and_then_follows_the_schedul
 
 # ------------------------------------------------------------------------------------------- sampling
 ENDS = {0, 1, 2}
-PROMPTS = [[5, 6, 7], [9] * 11, [30, 31], [8, 7, 6, 5, 4]]
-
-
-def sampler(lm, **options):
-    """One whose steps have the few shapes that graphs would be captured for."""
-    made = grpo.Sampler(copy.deepcopy(lm), ENDS, **options)
-    made.blocks = 4, 8
-    return made
+PROMPTS = [[5, 6, 7], list(range(9, 20)), [30, 31], [8, 7, 6, 5, 4]]
 
 
 def noise(n=12, limit=20, seed=0):
-    return grpo.uniforms(seed, 1, range(n), limit)
+    return grpo.uniforms([[seed, 1, row] for row in range(n)], limit)
 
 
 @torch.no_grad()
@@ -682,51 +748,58 @@ def assert_sampled(found, wanted):
 
 @pytest.mark.parametrize("kind", toys.KINDS)
 def test_completions_and_their_log_probabilities_are_those_of_a_naive_loop(kind):
-    lm = toys.small(toys.KINDS[kind][0], **toys.KINDS[kind][1])
-    fast = sampler(lm)
-    for u, group in ((noise(), 4), (None, 1)):
-        wanted = naive(lm, PROMPTS[:3], u, group)
-        assert_sampled(fast(PROMPTS[:3], u, group, 20, 1.2), wanted)
-        assert u is None or len(set(map(len, wanted[0]))) > 2  # they end here and there, and leave the batch
-    with torch.inference_mode():
-        for x in tree_leaves(fast.kv):                              # what lies in the buffers weighs nothing
-            x.normal_(std=100)
-    assert_sampled(fast(PROMPTS[3:], noise(2, 5, 1), 2, 5, 0.7),
-                   naive(lm, PROMPTS[3:], noise(2, 5, 1), 2, 5, 0.7))
-    assert_sampled(grpo.Sampler(lm, ENDS)(PROMPTS[:1], noise(1, 1), 1, 1, 1.2),
+    lm = toys.small(kind)
+    three, last = PROMPTS[:3], PROMPTS[3:]
+    for prompts, u, group in ((three, noise(), 4), (three, None, 1), (last, noise(2, 5), 2)):
+        limit = 20 if u is None else u.shape[1]
+        wanted = naive(lm, prompts, u, group, limit)
+        assert_sampled(grpo.generate(lm, prompts, u, group, limit, 1.2, ENDS), wanted)
+        assert group < 4 or len(set(map(len, wanted[0]))) > 2  # they end here and there, and leave the batch
+    assert_sampled(grpo.generate(lm, PROMPTS[:1], noise(1, 1), 1, 1, 1.2, ENDS),
                    naive(lm, PROMPTS[:1], noise(1, 1), 1, 1))
 
 
-def test_greedy_completions_are_those_of_transformers_generate_with_every_end_token():
-    lm, prompts = toys.model(seed=3, std=0.3), [[40, 41, 42], [50], [60, 61, 62, 63, 64], [70, 71]]
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+@pytest.mark.parametrize("kind", toys.KINDS)
+def test_greedy_completions_are_those_of_transformers_generate_with_every_end_token(kind):
+    lm, prompts, width = toys.small(kind), PROMPTS, max(map(len, PROMPTS))
+    ids = torch.tensor([[63] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     out = lm.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=40,
                       eos_token_id=None)
     free = out[:, width:].tolist()
-    ends = {free[0][5], free[1][11], free[2][2]}                    # met at different times
-    wanted = [row[:next((t for t, x in enumerate(row) if x in ends), 39) + 1] for row in free]
-    assert len({len(row) for row in wanted}) > 2
-    assert grpo.Sampler(lm, ends)(prompts, None, 1, 40, 1.0)[0] == wanted
+
+    def cut(ends):
+        return [row[:next((t for t, x in enumerate(row) if x in ends), 39) + 1] for row in free]
+
+    pairs = itertools.combinations({*itertools.chain(*free)}, 2)
+    ends = max(pairs, key=lambda pair: len(set(map(len, cut(pair)))))   # met at different times
+    wanted = cut(ends)
+    assert len(set(map(len, wanted))) > 1
+    assert grpo.generate(lm, prompts, None, 1, 40, 1.0, ends)[0] == wanted
 
 
 def test_a_completion_depends_on_its_prompt_and_noise_alone_not_on_its_company():
-    lm, u = toys.small(), noise(16, 30)
-    fast = sampler(lm)
-    together, _ = fast(PROMPTS, u, 4, 30, 1.2)
+    lm, tok, key = toys.small(), toys.tokenizer(), [3, 1, 5]
+    u = grpo.uniforms([[3, 1, 5 * 4 + i] for i in range(16)], 30)   # 5 groups were drawn before
+    together, _ = grpo.generate(lm, PROMPTS, u, 4, 30, 1.2, ENDS)
     assert len(set(map(tuple, together))) == 16
     for i in range(4):
-        assert fast(PROMPTS[i:i + 1], u[4 * i:4 * i + 4], 4, 30, 1.2)[0] == together[4 * i:4 * i + 4]
-    assert fast([PROMPTS[2], PROMPTS[0]], u[[9, 1]], 1, 30, 1.2)[0] == [together[9], together[1]]
-    data, tok = [{"prompt_ids": p} for p in PROMPTS], toys.tokenizer()
+        alone = grpo.generate(lm, PROMPTS[i:i + 1], u[4 * i:4 * i + 4], 4, 30, 1.2, ENDS)[0]
+        assert alone == together[4 * i:4 * i + 4]
+    two = grpo.generate(lm, [PROMPTS[2], PROMPTS[0]], u[[9, 1]], 1, 30, 1.2, ENDS)[0]
+    assert two == [together[9], together[1]]
+    rows = [{"task": "countdown", "prompt": f"{i}", "prompt_ids": p} for i, p in enumerate(PROMPTS)]
+    sampler = functools.partial(grpo.generate, lm, ends=ENDS)
     for size in (1, 8, 512):
-        args = SimpleNamespace(group_size=4, sample_batch_size=size, max_new_tokens=30)
-        groups = grpo.sample(fast, tok, data, [0, 1, 2, 3], u, args, 1.2)
+        args = SimpleNamespace(group_size=4, sample_batch_size=size, max_new_tokens=30, style="reasoning",
+                               length_penalty=[500, 800])
+        groups = grpo.roll_out(sampler, tok, rows, args, rewards.WEIGHTS, ENDS, 1.2, key)
         assert [r.completion for group in groups for r in group] == together
+        assert [r.row["prompt"] for group in groups for r in group] == [c for c in "0123" for _ in range(4)]
     for r in (r for group in groups for r in group):
         assert r.ended == (r.completion[-1] in ENDS) and not ENDS & set(r.completion[:-1])
-        assert r.text == tok.decode(r.completion, skip_special_tokens=True) and r.prompt == PROMPTS[r.index]
+        assert r.text == tok.decode(r.completion[:-1] if r.ended else r.completion)
+        assert r.parts["reward"] == odd_sum(r.text, r.row)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
@@ -744,7 +817,7 @@ def test_the_sampling_law_is_the_law_that_is_trained(temperature):
         for token in range(8):
             grow(law, prompt, (*done, token), chance * p[token].item())
 
-    ids, _ = grpo.Sampler(lm, {0})(prompts, grpo.uniforms(1, 1, range(2 * n), limit), n, limit, temperature)
+    ids, _ = grpo.generate(lm, prompts, noise(2 * n, limit, 1), n, limit, temperature, {0})
     for k, prompt in enumerate(prompts):
         law = {}
         grow(law, prompt, (), 1.0)
@@ -765,14 +838,14 @@ def test_the_sampling_law_is_the_law_that_is_trained(temperature):
                                rtol=1e-3, atol=0)
 
 
-def test_noise_is_uniform_and_a_function_of_seed_step_and_row_alone():
-    u = grpo.uniforms(3, 4, range(400), 50)
+def test_noise_is_uniform_and_a_function_of_its_key_alone():
+    u = grpo.uniforms([[3, 4, row] for row in range(400)], 50)
     assert 0 <= u.min() and u.max() < 1
     bins = torch.histc(u, 20, 0, 1)
     assert p_value(float(((bins - 1000) ** 2 / 1000).sum()), 19) > 1e-4
-    assert torch.equal(grpo.uniforms(3, 4, [17, 2], 20), u[[17, 2], :20])
-    pool = torch.cat([u, grpo.uniforms(3, 5, range(400), 50), grpo.uniforms(4, 4, range(400), 50)])
-    assert len(pool[:, :2].unique(dim=0)) == 1200
+    assert torch.equal(grpo.uniforms([[3, 4, 17], [3, 4, 2]], 20), u[[17, 2], :20])
+    others = [grpo.uniforms([[*key, row] for row in range(400)], 50) for key in ([3, 5], [4, 4])]
+    assert len(torch.cat([u, *others])[:, :2].unique(dim=0)) == 1200
 
 
 @pytest.mark.parametrize("vocab", [50, 20_500])
@@ -791,218 +864,23 @@ def test_the_first_id_is_picked_whose_cumulated_probability_exceeds_u_and_none_o
         assert logps.isfinite().all() and logits.gather(1, ids[:, None]).isfinite().all()
 
 
-def tensors(fast):
-    found = {name: x for name, x in vars(fast).items() if name != "captured"}
-    return [x for x in tree_leaves(found) if isinstance(x, torch.Tensor)]
-
-
-class OnDevice(TorchDispatchMode):
-    """Refuses what makes the host wait for the device, or a shape depend on data."""
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        indices = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else []
-        assert not any(x is not None and x.dtype == torch.bool for x in indices), name
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "_unique2",
-                            "equal"), name
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_a_step_never_waits_for_the_host_has_few_shapes_and_reads_the_same_addresses(kind):
-    fast, shapes, addresses = sampler(toys.small(toys.KINDS[kind][0], **toys.KINDS[kind][1])), [], []
-    step = fast.step
-
-    def watched(rows, columns, greedy):
-        with OnDevice():
-            step(rows, columns, greedy)
-        shapes.append((rows, columns))
-        addresses.append([x.data_ptr() for x in tensors(fast)])
-
-    fast.step = watched
-    for prompts, u in ((PROMPTS, noise(16)), (PROMPTS[:2], noise(8)), (PROMPTS, None)):
-        fast(prompts, u, 1 if u is None else 4, 20, 1.2)
-    assert len(shapes) > 30 and all(rows % 4 == 0 and columns % 8 == 0 for rows, columns in shapes)
-    assert len(addresses[0]) > 12 and all(x == addresses[0] for x in addresses)
-    with pytest.raises(AssertionError, match="_local_scalar_dense"), OnDevice():
-        torch.ones(3).sum().item()
-
-
-class Graph(TorchDispatchMode):
-    """What a CUDA graph is, on a CPU: operations with the addresses that they read and write."""
-    def __init__(self):
-        super().__init__()
-        self.operations, self.replays = [], 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.operations.append((function, args, kwargs or {}, result))
-        return result
-
-    def replay(self):
-        self.replays += 1
-        for function, args, kwargs, result in self.operations:
-            again = function(*args, **kwargs)
-            for x, y in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                if isinstance(x, torch.Tensor) and x.data_ptr() != y.data_ptr():
-                    x.copy_(y)                                      # it was neither a view nor in place
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_captured_steps_give_the_naive_tokens_and_see_new_weights(kind, monkeypatch):
-    lm = toys.small(toys.KINDS[kind][0], **toys.KINDS[kind][1])
-    fast = sampler(lm, graphs=True)
-
-    @contextlib.contextmanager
-    def capture(graph, **_):                                        # as on a GPU it changes nothing
-        before = [x.clone() for x in tensors(fast)]
-        with graph:
-            yield
-        for x, y in zip(tensors(fast), before):
-            x.copy_(y)
-
-    for name, value in {"graph": capture, "CUDAGraph": Graph, "graph_pool_handle": object}.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    plain = sampler(lm)
-    for seed in range(2):
-        for prompts, u in ((PROMPTS, noise(16, 20, seed)), (PROMPTS, None),
-                           (PROMPTS[1:3], noise(8, 12, seed))):
-            size = (1, 20) if u is None else (4, u.shape[1])
-            assert_sampled(fast(prompts, u, *size, 1.2), plain(prompts, u, *size, 1.2))
-        with torch.no_grad():                                       # in place, as refresh() does
-            for model in (fast.model, plain.model, lm):
-                list(model.parameters())[5].mul_(1.1)
-    assert sum(graph.replays for graph in fast.captured.values()) > 30 and 5 < len(fast.captured) < 40
-    assert_sampled(fast(PROMPTS[:2], noise(2, 30), 1, 30, 1.2),
-                   naive(lm, PROMPTS[:2], noise(2, 30), 1, 30))  # grown
-
-
-def test_a_capture_that_fails_costs_one_warning_and_memory_that_is_short_is_not_hidden(monkeypatch, capfd):
-    lm, errors = toys.small(), [RuntimeError("operation not permitted when stream is capturing")]
-
-    def graph(*args, **kwargs):
-        raise errors[-1]
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
-    fast, wanted = sampler(lm, graphs=True), sampler(lm)(PROMPTS, noise(16), 4, 20, 1.2)
-    for _ in range(2):
-        assert_sampled(fast(PROMPTS, noise(16), 4, 20, 1.2), wanted)
-    assert capfd.readouterr().err.count("without CUDA graphs") == 1
-    errors.append(torch.OutOfMemoryError("full"))
-    with pytest.raises(torch.OutOfMemoryError):
-        sampler(lm, graphs=True)(PROMPTS, noise(16), 4, 20, 1.2)
-
-
-@pytest.mark.skipif(not torch.version.cuda, reason="this build of torch knows no CUDA; it takes no GPU")
-def test_on_a_gpu_nothing_lies_on_two_devices_and_no_step_waits_for_the_host(monkeypatch):
-    """On tensors that are on the GPU by name only: PyTorch computes their shapes and devices, no values."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    real = torch.tensor
-    monkeypatch.setattr(torch, "tensor", lambda x, device=None, **options: torch.zeros(
-        real(x, **options).shape, dtype=real(x, **options).dtype, device=device))
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(dtype=torch.bfloat16, config=Qwen2Config(
-            vocab_size=20_480, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2))
-
-    def move(module):
-        for kind in (module._parameters, module._buffers):
-            for name, x in kind.items():
-                new = None if x is None else torch.empty(x.shape, dtype=x.dtype, device="cuda")
-                is_parameter = isinstance(x, torch.nn.Parameter)
-                kind[name] = torch.nn.Parameter(new, requires_grad=False) if is_parameter else new
-
-    with FakeTensorMode(), torch.inference_mode():
-        lm = lm.eval().apply(move)
-        fast = grpo.Sampler(lm, {1, 2})
-        assert fast.graphs
-        rows = fast.start([[5] * 20] * 2, torch.rand(8, 30), 4, 20, 30, 1.0)
-        for greedy in (False, True):
-            fast.step(rows, 128, greedy)
-        assert {x.device.type for x in tensors(fast)} == {"cuda"}
-        with pytest.raises(Exception, match="devices"):             # the ruler measures
-            fast.token + torch.ones(len(fast.token))
-        with pytest.raises(Exception, match="_local_scalar_dense"):
-            int(fast.done.sum())
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need a CUDA device")
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_on_a_gpu_captured_steps_give_the_tokens_of_the_same_steps_uncaptured(kind):
-    lm = toys.small(toys.KINDS[kind][0], **toys.KINDS[kind][1]).cuda()
-    fast, plain = sampler(lm), sampler(lm, graphs=False)
-    for seed in range(3):
-        assert_sampled(fast(PROMPTS, noise(16, 20, seed), 4, 20, 1.2),
-                       plain(PROMPTS, noise(16, 20, seed), 4, 20, 1.2))
-    assert fast.graphs and fast.captured
-
-
-@pytest.mark.parametrize("kind", [(MistralConfig, {"sliding_window": 4}), (Gemma2Config, {})],
-                         ids=["window", "mixed"])
-def test_a_model_with_another_cache_is_refused_in_one_line(kind, capfd):
-    with pytest.raises(SystemExit) as stop:
-        grpo.Sampler(toys.small(kind[0], **kind[1]), ENDS)(PROMPTS, None, 1, 5, 1.0)
-    err = capfd.readouterr().err
-    assert stop.value.code == 2 and "--model" in err and "keys and values" in err and err.count("\n") == 1
-
-
 # ------------------------------------------------------------------------------------------- policies
-def policy_of(toy, *more):
-    """A policy that has moved, and the plain model that it amounts to."""
-    args = grpo.parse_args(flags(toy, "x", "--lora_rank 4 --lora_alpha 12", *more))
-    policy, lm = grpo.load_policy(args, torch.device("cpu"), torch.float32)
-    plain = grpo.load_lm(args.model, torch.device("cpu"), torch.float32)
-    rng = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in policy.parameters():
-            if p.requires_grad:
-                p.copy_(0.1 * torch.randn(p.shape, generator=rng))
-    return policy, lm, plain
-
-
-def test_a_refreshed_sampler_is_base_plus_adapter_exactly_however_often_and_the_base_stays(toy):
-    policy, lm, plain = policy_of(toy)
-    before = {name: p.clone() for name, p in policy.named_parameters()}
-    adapters = [p for p in policy.parameters() if p.requires_grad]
-    base, wanted = dict(toys.model().named_parameters()), {}
-    for i in range(50):
-        with torch.no_grad():
-            adapters[i % len(adapters)].neg_()
-        grpo.refresh(plain, lm)
-    fresh = copy.deepcopy(toys.model())
-    grpo.refresh(fresh, lm)
-    named = dict(policy.named_parameters())
-    for name, w in base.items():
-        prefix = f"base_model.model.{name}".removesuffix(".weight")
-        wanted[name] = w.detach().double()
-        if f"{prefix}.lora_A.default.weight" in named:              # W + alpha / rank * B A
-            a, b = (named[f"{prefix}.lora_{x}.default.weight"].detach().double() for x in "AB")
-            wanted[name] = wanted[name] + 12 / 4 * b @ a
-    found = dict(plain.named_parameters())
-    assert sum(bool((wanted[n] != base[n].double()).any()) for n in base) == 14     # 7 matrices in 2 layers
-    for name, w in wanted.items():
-        torch.testing.assert_close(found[name].double(), w, rtol=0, atol=1e-6)
-        assert torch.equal(found[name], dict(fresh.named_parameters())[name])       # no drift
-    assert all(torch.equal(p, before[n]) for n, p in policy.named_parameters() if ".lora_" not in n)
-
-
 @pytest.mark.parametrize("more", ["", "--load_in_4bit"], ids=["lora", "qlora"])
-def test_the_sampler_the_merged_export_and_the_adapter_in_peft_have_the_logits_of_the_policy(
-        tmp_path, monkeypatch, seen, more):
+def test_the_sampler_the_merged_export_and_the_adapter_in_peft_agree_with_the_policy(tmp_path, seen, more):
     import peft
     toys.save(tmp_path, tied=False, attention_bias=True)
-    plains, real, ids = [], grpo.refresh, torch.tensor([[40, 50, 60, 70, 80]])
-    monkeypatch.setattr(grpo, "refresh", lambda plain, lm: (plains.append(plain), real(plain, lm))[1])
-    run(tmp_path, tmp_path / "out", "--lora_rank 4 --merge --lr 1e-2", more)
+    ids = torch.tensor([[40, 50, 60, 70, 80]])
+    lines = run(tmp_path, tmp_path / "out", "--lora_rank 4 --merge --lr 1e-2", more)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out/merged")
     base = grpo.load_lm(tmp_path / "model", torch.device("cpu"), torch.float32, bool(more))
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "out")
     with torch.no_grad():
         wanted = seen.policies[0](ids).logits
-        for model, atol in ((plains[-1], 1e-4), (merged, 1e-4), (adapted, 1e-5)):
+        for model, atol in ((merged, 1e-4), (adapted, 1e-5)):
             torch.testing.assert_close(model(ids).logits, wanted, rtol=0, atol=atol)
         with seen.policies[0].disable_adapter():
             assert (seen.policies[0](ids).logits - wanted).abs().max() > 1e-2
+    assert all(m["logp_gap"] < 1e-4 for m in lines)                 # with the adapter on, after a step too
     assert "quantization_config" not in json.loads((tmp_path / "out/merged/config.json").read_text())
     assert AutoTokenizer.from_pretrained(tmp_path / "out/merged").chat_template == toys.TEMPLATE
     changed = {n for n, p in seen.policies[0].named_parameters() if p.requires_grad}
@@ -1055,23 +933,81 @@ def test_the_final_model_and_every_checkpoint_load_with_the_logits_of_the_policy
         assert ("lm_head.weight" in weights(folder)) == (not tied)
         assert loaded.generation_config.eos_token_id == [0, 90] and loaded.dtype == torch.float32
         assert tokenizer.chat_template == toys.TEMPLATE and tokenizer.eos_token_id == 0
-    last = {r.completion[-1] for groups in seen.groups for group in groups for r in group if r.ended}
-    assert last <= {0, 90}
+
+
+@pytest.mark.parametrize("more", ["", "--lora_rank 4 --beta 0.02"], ids=["whole", "lora"])
+def test_an_adapter_as_model_is_merged_and_trained_on_from_there(toy, tmp_path, seen, more):
+    import peft
+    run(toy, tmp_path / "sft", "--lora_rank 2 --lr 1e-1 --seed 5")      # another rank
+    begin, ids = copy.deepcopy(seen.policies[0]), torch.tensor([[40, 50, 60, 70, 80]])
+    shutil.copytree(toy / "model", tmp_path / "x/base")             # of a run that was stopped at once
+    argv = flags(toy, tmp_path / "x", f"--model {tmp_path}/sft --steps 2 --save_every 1 --lr 1e-2", more)
+    main(argv)
+    shutil.copytree(tmp_path / "x", tmp_path / "whole")
+    shutil.rmtree(tmp_path / "x/checkpoint-2")
+    main([*argv, "--resume"])
+    assert_same_run(tmp_path / "x", tmp_path / "whole")
+    load = peft.AutoPeftModelForCausalLM if more else AutoModelForCausalLM
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "x/base")(ids).logits
+        torch.testing.assert_close(base, begin(ids).logits, rtol=0, atol=1e-4)
+        assert (base - toys.model()(ids).logits).abs().max() > 1e-2
+        final = load.from_pretrained(tmp_path / "x")(ids).logits
+        torch.testing.assert_close(final, seen.policies[-1](ids).logits, rtol=0, atol=1e-5)
+        assert (final - base).abs().max() > 1e-3
+    assert not more or seen.losses[-1] and metrics(tmp_path / "x")[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert AutoTokenizer.from_pretrained(tmp_path / "x").chat_template == toys.TEMPLATE
+
+
+@pytest.mark.parametrize("kind, more", [
+    ("4-bit", "--lora_rank 4 --merge"), ("moe", ""), ("moe", "--lora_rank 4 --merge"),
+    ("moe", "--lora_rank 4 --load_in_4bit --merge"), ("gemma 3", "")])
+def test_4_bit_checkpoints_experts_and_windows_are_sampled_trained_and_saved(tmp_path, seen, kind, more):
+    toys.save(tmp_path)
+    if kind == "4-bit":
+        lm = grpo.load_lm(tmp_path / "model", torch.device("cpu"), torch.float32, True)
+    else:
+        lm = toys.small(kind, vocab_size=toys.VOCAB, eos_token_id=0)
+    lm.save_pretrained(tmp_path / "model")
+    lines = run(tmp_path, tmp_path / "out", "--beta 0.01 --lr 1e-2", more)
+    assert all(m["logp_gap"] < 1e-4 and m["grad_norm"] > 0 for m in lines)
+    assert abs(lines[0]["kl"]) < 1e-6 and lines[1]["kl"] > 1e-3
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / ("out/merged" if more else "out"))
+    with torch.no_grad():
+        ids = torch.tensor([[40, 50, 60, 70, 80]])
+        torch.testing.assert_close(saved(ids).logits, seen.policies[0](ids).logits, rtol=0, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------- whole runs
-def test_every_end_token_of_model_and_tokenizer_ends_a_completion(tmp_path, seen):
+def test_every_end_of_model_tokenizer_and_template_ends_a_completion_and_is_cut_by_its_id(tmp_path, seen):
+    """The template ends a turn with a token of its own, and opens the reasoning."""
     toys.save(tmp_path)
+    template = toys.TEMPLATE.replace(toys.END, toys.UNKNOWN)
+    tok = toys.tokenizer(template.replace(toys.ASSISTANT, f"{toys.ASSISTANT}<reasoning>\n"))
+    tok.save_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     model.generation_config.eos_token_id = [90, 91, 92]
     model.generation_config.update(do_sample=True, top_k=90, repetition_penalty=1.5)    # is not sampled with
     model.save_pretrained(tmp_path / "model")
     run(tmp_path, tmp_path / "out", "--max_new_tokens 60 --group_size 16 --steps 1")
     rollouts = [r for groups in seen.groups for group in groups for r in group]
-    ends = {0, 90, 91, 92}
+    ends = {0, 3, 90, 91, 92}
     assert {r.completion[-1] for r in rollouts if r.ended} == ends
     for r in rollouts:
         assert not ends & set(r.completion[:-1]) and r.ended == (r.completion[-1] in ends)
+        assert r.text == "<reasoning>" + tok.decode(r.completion[:-1] if r.ended else r.completion)
+        assert r.row["prompt"].endswith("<reasoning>\n")
+    assert any(toys.USER in r.text or "</answer>" in r.text for r in rollouts)  # special tokens are text too
+
+
+def test_instructions_stand_before_the_users_text_where_a_template_drops_or_refuses_the_system_turn():
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
+    every, refuse = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}", "{{ raise_exception('no') }}"
+    system = "{% if messages[0]['role'] == 'system' %}"
+    drop = every.replace("messages", "messages if m['role'] != 'system'")
+    for template, wanted in ((every, "[Be brief.][2+2?]"), (drop, "[Be brief.\n\n2+2?]"),
+                             (f"{system}{refuse}{{% endif %}}{every}", "[Be brief.\n\n2+2?]")):
+        assert grpo.render(toys.tokenizer(template), [chat, chat]) == [wanted] * 2
 
 
 def test_short_completions_are_learned_where_length_costs(toy, tmp_path, monkeypatch):
@@ -1111,8 +1047,8 @@ def test_metrics_and_samples_are_those_of_the_step(toy, tmp_path, monkeypatch, s
     assert [m["lr"] for m in lines] == pytest.approx([2e-3, 4e-3, 4e-3])
     for m, lm, groups in zip(lines, before, seen.groups, strict=True):
         rollouts, temperature = sum(groups, []), m["temperature"]
-        logps = [full_logps(lm, r.prompt, r.completion, temperature).detach() for r in rollouts]
-        refs = [full_logps(before[0], r.prompt, r.completion, temperature).detach() for r in rollouts]
+        logps, refs = ([full_logps(x, r.row["prompt_ids"], r.completion, temperature).detach()
+                        for r in rollouts] for x in (lm, before[0]))
         gaps = [taken(ref, r.completion) - taken(x, r.completion) for x, ref, r in zip(logps, refs, rollouts)]
         tokens = sum(len(r.completion) for r in rollouts)
         gradient = plain_gradient(lm, rollouts, temperature=temperature, beta=0.05, ref=before[0])
@@ -1122,12 +1058,10 @@ def test_metrics_and_samples_are_those_of_the_step(toy, tmp_path, monkeypatch, s
                   "grad_norm": math.sqrt(sum(float((g ** 2).sum()) for g in gradient.values())),
                   "completion_length": tokens / 8, "truncated": np.mean([not r.ended for r in rollouts]),
                   "reward": np.mean(earned), "correct": np.mean(np.array(earned) > 0.5), "groups_drawn": 2,
-                  "frac_reward_zero_std": np.mean([len(set(group)) == 1 for group in earned]), "skipped": 0}
+                  "frac_reward_zero_std": np.mean([len(set(group)) == 1 for group in earned])}
         assert {k: m[k] for k in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-5)
-        assert 0 <= m["logp_gap"] < 1e-4 and m["peak_memory_gb"] == 0     # there is no GPU
+        assert 0 <= m["logp_gap"] < 1e-4 and 0.05 < m["peak_memory_gb"] < 50
         assert m["step_seconds"] == pytest.approx(m["sample_seconds"] + m["update_seconds"], rel=0.1)
-        assert m["sample_tokens_per_s"] * m["sample_seconds"] == pytest.approx(tokens, rel=1e-3)
-        assert m["update_tokens_per_s"] * m["update_seconds"] == pytest.approx(tokens, rel=1e-3)
     assert lines[1]["kl"] > 1e-6 and lines[0]["grad_norm"] > 0.1     # before it was clipped
     samples, first = toys.read(tmp_path / "samples.jsonl"), sum(seen.groups[0], [])
     for x, r in zip(samples, first, strict=True):
@@ -1153,7 +1087,7 @@ def test_dead_groups_are_replaced_by_fresh_prompts_up_to_the_limit_and_both_shar
     pay(monkeypatch, lambda text, row: 0.25)
     seen.groups.clear()
     m, = run(toy, tmp_path / "limit", "--max_resample 2 --steps 1 --prompts_per_step 2")
-    indices = [group[0].index for groups in seen.groups for group in groups]
+    indices = [place(group) for groups in seen.groups for group in groups]
     assert m["groups_drawn"] == 6 == len(set(indices)) and m["frac_reward_zero_std_after"] == 1
     assert len({tuple(r.completion) for groups in seen.groups for r in groups[0]}) > 9  # fresh noise
 
@@ -1164,9 +1098,10 @@ def test_prompts_are_drawn_in_epochs_shuffled_by_the_seed(toy, tmp_path, seen):
         seen.groups.clear()
         run(toy, tmp_path / str(seed), f"--steps {rows} --prompts_per_step 3 --group_size 2 --max_resample 0 "
                                        f"--max_new_tokens 1 --seed {seed}")
-        orders.append([group[0].index for groups in seen.groups for group in groups])
+        orders.append([place(group) for groups in seen.groups for group in groups])
         epochs = [orders[-1][at:at + rows] for at in range(0, 3 * rows, rows)]
-        assert all(sorted(epoch) == list(range(rows)) for epoch in epochs) and len(set(map(tuple, epochs))) == 3
+        assert [sorted(epoch) for epoch in epochs] == [list(range(rows))] * 3
+        assert len(set(map(tuple, epochs))) == 3
     assert orders[0] != orders[1]
 
 
@@ -1175,7 +1110,7 @@ def test_mixed_tasks_are_graded_each_by_its_own_rules_with_metrics_by_task(toy, 
     tokenizer = toys.tokenizer()
     answers = {"[3, 5, 8]": "5+3+8", "[1, 2, 3, 4]": "1*2*3*4", "[7, 7, 2]": "7+7+2"}
 
-    def write(self, prompts, noise, group_size, *_):
+    def write(lm, prompts, noise, group_size, *_, **__):
         ids = []
         for prompt, g in itertools.product(prompts, range(group_size)):
             text = tokenizer.decode(prompt)
@@ -1184,7 +1119,7 @@ def test_mixed_tasks_are_graded_each_by_its_own_rules_with_metrics_by_task(toy, 
             ids.append(tokenizer(f"<reasoning>x</reasoning><answer>{answer}</answer>{toys.END}").input_ids)
         return ids, [torch.full((len(x),), -1.0) for x in ids]
 
-    monkeypatch.setattr(grpo.Sampler, "__call__", write)
+    monkeypatch.setattr(grpo, "generate", write)
     monkeypatch.setattr(rewards, "score_batch", SCORE_BATCH)
     m, = run(toy, tmp_path,
              f"--data countdown={toy}/countdown:3 gsm8k={toy}/gsm8k:2 --steps 1 --prompts_per_step 5",
@@ -1227,9 +1162,9 @@ def test_evaluation_is_greedy_and_leaves_the_training_as_it_is(toy, tmp_path, se
         assert [len(group) for group in groups] == [1] * 4
         for group, row in zip(groups, toys.GSM8K, strict=True):
             with torch.no_grad():
-                logps = full_logps(lm, group[0].prompt, group[0].completion)
+                logps = full_logps(lm, group[0].row["prompt_ids"], group[0].completion)
             assert logps.argmax(-1).tolist() == group[0].completion
-            assert row["question"] in toys.tokenizer().decode(group[0].prompt)
+            assert row["question"] in toys.tokenizer().decode(group[0].row["prompt_ids"])
         assert m["eval_reward"] == pytest.approx(np.mean([odd_sum(group[0].text, 0) for group in groups]))
 
 
@@ -1248,7 +1183,7 @@ def test_countdown_data_that_is_not_there_yet_is_made_and_what_is_there_is_taken
         run(toy, tmp_path / out, "--data countdown:6 --steps 1 --prompts_per_step 6")
     (_, script, *_), = calls
     assert Path(script) == Path(grpo.__file__).with_name("countdown.py")
-    assert sorted(group[0].index for group in seen.groups[1]) == [0, 1, 2, 3, 4, 5]
+    assert sorted(map(place, seen.groups[1])) == [0, 1, 2, 3, 4, 5]
 
 
 def test_pass_rate_selects_rows(toy, tmp_path, seen):
@@ -1256,9 +1191,7 @@ def test_pass_rate_selects_rows(toy, tmp_path, seen):
     rows = [row | {"pass_rate": p} for row, p in zip(toys.COUNTDOWN, rates)]
     data = toys.write(tmp_path / "rows.jsonl", rows)
     run(toy, tmp_path / "out", f"--data countdown={data} --pass_rate 0.1 0.9 --steps 1")
-    wanted = [str(row["nums"]) for row in toys.COUNTDOWN[1:5]]
-    texts = [toys.tokenizer().decode(group[0].prompt) for group in seen.groups[0]]
-    assert sorted(next(w for w in wanted if w in text) for text in texts) == sorted(wanted)
+    assert sorted(map(place, seen.groups[0])) == [1, 2, 3, 4]
 
 
 def test_a_flag_file_reads_like_a_command_line_with_comments(toy, tmp_path):
@@ -1266,6 +1199,33 @@ def test_a_flag_file_reads_like_a_command_line_with_comments(toy, tmp_path):
         "# a comment\n\n--lr 3e-4  # the rest\n--output_dir 'a folder'\n--style think\n")
     args = grpo.parse_args(["--model", "x", f"@{tmp_path}/flags.txt", "--lr", "1e-3"])
     assert (args.lr, args.output_dir, args.style, args.steps) == (1e-3, "a folder", "think", 500)
+
+
+@pytest.mark.parametrize("more, n", [("", 1), ("--lora_rank 4 --dtype bfloat16", 0)], ids=["whole", "lora"])
+def test_a_line_before_the_first_step_says_what_runs_and_what_it_takes(toy, tmp_path, capfd, seen, more, n):
+    run(toy, tmp_path, "--steps 1", more)
+    said = capfd.readouterr().err.splitlines()
+    line, first = (x for x in said if "parameters trained" in x or x.startswith("step 1/"))
+    count = sum(p.numel() for p in seen.policies[0].parameters() if p.requires_grad)
+    for part in (f"{toy}/model", f" {count / 1e6:.1f} M ", "8 rows", "4 x 4 completions", "cpu", "GB",
+                 "float32" if n else "bfloat16"):
+        assert part in line and part not in first, part
+    args = json.loads((tmp_path / "args.json").read_text())         # what the device settled stands there
+    assert (args["optim"], args["activation_checkpointing"]) == ("adamw", False)
+    assert args["dtype"] == ("float32" if n else "bfloat16")
+
+
+@pytest.mark.parametrize("more, settled", [
+    ("", ("bfloat16", "adamw8bit", True)), ("--fsdp", ("bfloat16", "adamw", True)),
+    ("--optim adamw --dtype float32 --no-activation_checkpointing", ("float32", "adamw", False))])
+def test_on_a_gpu_the_defaults_are_those_that_take_less_memory(monkeypatch, more, settled):
+    for name, value in {"is_available": True, "set_device": None, "is_bf16_supported": True}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    args = grpo.parse_args(["--model", "x", *more.split()])
+    device, dtype = grpo.start_processes(args)
+    assert (args.dtype, args.optim, args.activation_checkpointing) == settled
+    assert str(device) == "cuda:0" and dtype == getattr(torch, settled[0])
 
 
 def test_numbers_go_to_tensorboard_or_wandb_when_asked_for(toy, tmp_path, monkeypatch):
@@ -1329,12 +1289,8 @@ def signal_at(name, call, number, ranks=(0,), times=1):
 
 
 @pytest.mark.parametrize("more", ["", "--dtype bfloat16", "--lora_rank 4", "--lora_rank 4 --load_in_4bit",
-                                  "--optim adamw8bit", "--optim muon", "--inner_epochs 2 --seed 1",
-                                  "dropout"])
+                                  "--optim adamw8bit", "--inner_epochs 2 --seed 1"])
 def test_a_resumed_run_ends_with_the_same_bits_as_one_that_was_not_interrupted(toy, tmp_path, more):
-    if more == "dropout":
-        toys.save(tmp_path / "toy", attention_dropout=0.2)
-        more = f"--model {tmp_path}/toy/model"
     argv = lambda out: long_flags(toy, tmp_path / out, "--steps 3 --save_every 2", more)
     main(argv("a"))
     shutil.copytree(tmp_path / "a", tmp_path / "b")                 # it died in its third step
@@ -1376,7 +1332,7 @@ def test_a_run_killed_within_a_save_ends_with_the_same_bits(toy, whole, tmp_path
         save, append, rmtree, rename, step = torch.save, grpo.append, shutil.rmtree, Path.rename, [0]
 
         def torch_save(state, path):
-            step[0] = state["step"]
+            step[0] = state["done"]["step"]
             if step[0] == 4 and moment == "half the model":
                 die(Path(path).parent / "model.safetensors")
             save(state, path)
@@ -1424,10 +1380,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(toy, whole,
     assert not list(tmp_path.glob("x/*/ran"))
     for step in (5, 6):
         harm(tmp_path / f"x/checkpoint-{step}")
-    with pytest.raises(SystemExit) as stop:
-        main([*long_flags(toy, tmp_path / "x"), "--resume"])
-    last = capfd.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and "no checkpoint in" in last
+    assert "no checkpoint in" in refusal([*long_flags(toy, tmp_path / "x"), "--resume"], capfd, alone=False)
 
 
 def test_a_folder_of_another_run_is_refused_and_nothing_in_it_is_lost(
@@ -1438,24 +1391,34 @@ def test_a_folder_of_another_run_is_refused_and_nothing_in_it_is_lost(
     line = refusal([*long_flags(toy, whole, "--lr 0.5 --group_size 6 --weights correct=2"), "--resume"],
                    capfd)
     assert "--lr" in line and "--group_size" in line and "--weights" in line and "--beta" not in line
+    with monkeypatch.context() as patch:                            # the same names, other rows
+        load = rewards.load_rows
+        patch.setattr(rewards, "load_rows", lambda *args: load(*args)[::-1])
+        assert "data" in refusal([*long_flags(toy, whole), "--resume"], capfd)
     assert {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()} == before
-    shutil.copytree(whole, tmp_path / "x")
 
 
-def test_flags_that_change_nothing_learned_may_change_and_one_missing_in_args_json_counts_as_its_default(
+def test_a_run_goes_on_for_more_steps_where_nothing_depends_on_their_number(toy, tmp_path, capfd):
+    for out, more in (("whole", "--steps 4"), ("first", "--steps 2"), ("first", "--steps 4 --resume")):
+        main(flags(toy, tmp_path / out, "--save_every 2", more))
+    assert_same_run(tmp_path / "first", tmp_path / "whole")
+    for i, depends in enumerate(("--lr_schedule linear", "--temperature_end 0.5")):
+        main(flags(toy, tmp_path / str(i), "--save_every 2", depends))
+        assert "--steps" in refusal(flags(toy, tmp_path / str(i), depends, "--steps 4 --resume"), capfd)
+
+
+def test_flags_that_change_nothing_learned_may_change_and_one_that_was_not_there_yet_counts_as_its_default(
         toy, whole, tmp_path, capfd):
     shutil.copytree(whole, tmp_path / "moved")
     shutil.rmtree(tmp_path / "moved/checkpoint-6")
     args = json.loads((whole / "args.json").read_text())
     assert args["scale"] == "group" and args["group_size"] == 4
     del args["scale"], args["clip_high"]  # as of a run before these flags were there
-    (tmp_path / "moved/args.json").write_text(json.dumps(args))
     trainer = tmp_path / "moved/checkpoint-5/trainer.pt"
-    state = torch.load(trainer)
-    torch.save(state | {"args": args} if "args" in state else state, trainer)
+    torch.save(torch.load(trainer) | {"args": args}, trainer)
     argv = [*long_flags(toy, tmp_path / "moved",
                         "--micro_batch_size 16 --sample_batch_size 4 --save_every 0 --resume",
-                        "--activation_checkpointing --offload_reference")]
+                        "--activation_checkpointing")]
     line = refusal([*argv, "--scale", "none"], capfd)
     assert "--scale" in line and "--clip_high" not in line
     main(argv)
@@ -1490,13 +1453,13 @@ def test_of_two_runs_in_one_folder_the_second_is_refused_and_the_first_loses_not
     argv = [*long_flags(toy, tmp_path / "old"), "--resume"]
 
     def slow():
-        real = grpo.sample
+        real = grpo.roll_out
 
-        def sample(*args, **kwargs):
+        def roll_out(*args, **kwargs):
             (tmp_path / "holds").touch()
             time.sleep(1)
             return real(*args, **kwargs)
-        grpo.sample = sample
+        grpo.roll_out = roll_out
 
     first = fork(argv, before=slow)
     wait_for(tmp_path / "holds")
@@ -1522,9 +1485,35 @@ def test_a_stopped_run_saves_and_says_how_to_go_on_and_ends_with_the_same_bits(
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.parametrize("epochs, call, after, done", [(1, 4, 0, 1), (2, 2, 0, 0), (2, 4, 2, 1)],
+                         ids=["between micro-batches", "in the first epoch", "in the second epoch"])
+def test_a_stop_in_an_update_leaves_the_step_undone_unless_weights_have_moved(
+        toy, tmp_path, monkeypatch, capfd, epochs, call, after, done):
+    """Three micro-batches a pass. A step that has made its first update is finished, whole."""
+    argv = lambda out: flags(toy, tmp_path / out, "--steps 3 --beta 0.02 --micro_batch_size 6 --inner_epochs",
+                             f"{epochs} --lr 1e-2 --group_size 6 --prompts_per_step 3 --save_every 0")
+    main(argv("whole"))
+    real, calls = grpo.policy_loss, []
+
+    def policy_loss(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(grpo, "policy_loss", policy_loss)
+        main(argv("cut"))
+    assert stop.value.code == 143 and len(calls) == call + after
+    assert saved(tmp_path / "cut") == [done] * (done > 0)
+    assert f"after step {done} of 3" in capfd.readouterr().err.splitlines()[-1]
+    main([*argv("cut"), "--resume"])
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
 def test_a_second_ctrl_c_leaves_at_once(toy, tmp_path, capfd):
     def slow():
-        grpo.Sampler.step = lambda *args: ((tmp_path / "asleep").touch(), time.sleep(60))
+        grpo.pick = lambda *args: ((tmp_path / "asleep").touch(), time.sleep(60))
 
     pid = fork(flags(toy, tmp_path / "x"), before=slow)
     wait_for(tmp_path / "asleep")
@@ -1548,7 +1537,7 @@ def test_a_signal_before_the_first_step_ends_the_process_and_leaves_nothing_half
 
 
 @pytest.mark.parametrize("how", ["gradient", "loss"])
-def test_gradients_and_losses_that_are_not_finite_are_skipped_counted_and_never_written_as_nan(
+def test_gradients_and_losses_that_are_not_finite_are_skipped_said_and_never_written_as_nan(
         toy, tmp_path, monkeypatch, capfd, how):
     real, steps, checkpoints = grpo.policy_loss, [], []
 
@@ -1562,14 +1551,14 @@ def test_gradients_and_losses_that_are_not_finite_are_skipped_counted_and_never_
         return loss, parts | {"loss": parts["loss"] * math.nan}
 
     save = grpo.save_checkpoint
-    monkeypatch.setattr(grpo, "save_checkpoint", lambda out, state, model: (
-        checkpoints.append({k: v.clone() for k, v in state["weights"].items()}), save(out, state, model)))
+    monkeypatch.setattr(grpo, "save_checkpoint", lambda *args: (
+        checkpoints.append({name: x.clone() for name, (_, x) in args[2].items()}), save(*args)))
     monkeypatch.setattr(grpo, "policy_loss", policy_loss)
     lines = run(toy, tmp_path, "--steps 4 --save_every 1 --micro_batch_size 16")
     assert [far(a, b) > 0 for a, b in zip(checkpoints, checkpoints[1:])] == [False, False, True]
     assert all(x.isfinite().all() for x in checkpoints[-1].values())
     none = [m["grad_norm" if how == "gradient" else "loss"] is None for m in lines]
-    assert none == [False, True, True, False] == [bool(m["skipped"]) for m in lines]
+    assert none == [False, True, True, False]
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     assert {row["step"] for row in toys.read(tmp_path / "samples.jsonl")} == {1, 2, 3}
     assert capfd.readouterr().err.count("not finite") == 2
@@ -1581,15 +1570,14 @@ def test_a_full_disk_stops_with_one_line_and_the_run_goes_on_when_there_is_room(
 
     def full(state, path):
         Path(path).write_bytes(b"half")
-        if state["step"] == 3:
+        if state["done"]["step"] == 3:
             raise OSError(28, "No space left on device")
         real(state, path)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+    with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        main(long_flags(toy, tmp_path))
-    last = capfd.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and "No space left" in last and "checkpoint-3" in last and "--resume" in last
+        last = refusal(long_flags(toy, tmp_path), capfd, alone=False)
+    assert "No space left" in last and "checkpoint-3" in last and "--resume" in last
     assert saved(tmp_path) == [1, 2] and not list(tmp_path.glob("tmp-*"))
     main([*long_flags(toy, tmp_path), "--resume"])
     assert_same_run(tmp_path, whole)
@@ -1600,8 +1588,8 @@ def test_too_little_gpu_memory_gets_one_line_that_names_the_flags_that_help(
     def none(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(grpo, "policy_loss", none)
-    line = refusal(flags(toy, tmp_path), capfd)
-    assert "--micro_batch_size" in line and "--activation_checkpointing" in line and "--resume" in line
+    line = refusal(flags(toy, tmp_path), capfd, alone=False)
+    assert all(flag in line for flag in ("--micro_batch_size", "--sample_batch_size", "--resume"))
 
 
 # -------------------------------------------------------------------------------------- several processes
@@ -1614,14 +1602,13 @@ def test_several_processes_do_what_one_does(toy, tmp_path, world, more):
     assert far(tmp_path / "one", tmp_path / "many") < 1e-5
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many"), strict=True):
         assert a == {key: pytest.approx(value, rel=1e-3, abs=1e-5) for key, value in b.items()}
-    assert toys.read(tmp_path / "one/samples.jsonl") == [
-        {**row, "advantage": pytest.approx(row["advantage"])}
+    assert toys.read(tmp_path / "one/samples.jsonl") == [{**row, "advantage": pytest.approx(row["advantage"])}
         for row in toys.read(tmp_path / "many/samples.jsonl")]
 
 
 @pytest.mark.parametrize("worlds, more, then, name", [((2, 1), "", "", "pick"),
                                                       ((1, 2), "", "--fsdp", "advantages"),
-                                                      ((2, 1), "--fsdp", "", "advantages")])
+                                                      ((2, 1), "--fsdp", "", "policy_loss")])
 def test_all_processes_stop_whichever_gets_the_signal_and_another_number_of_them_goes_on(
         toy, whole, tmp_path, capfd, worlds, more, then, name):
     """SIGTERM comes twice, from a cluster and from torchrun."""
@@ -1651,8 +1638,7 @@ def test_torchrun_restarts_a_run_that_lost_a_process_where_it_was(toy, whole, tm
 
     def launch(_):
         config = LaunchConfig(1, 1, 2, run_id="one", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-                              max_restarts=1,
-                              start_method="fork", monitor_interval=0.05)
+                              max_restarts=1, start_method="fork", monitor_interval=0.05)
         elastic_launch(config, work)()
     assert exit_code(toys.fork(launch, [])) == 0
     assert far(tmp_path, whole) < 1e-5
@@ -1689,6 +1675,13 @@ WRONG = """\
 --model BAD/empty                           > BAD/empty
 --model BAD/untemplated                     > chat template
 --model BAD/strict                          > chat template | no system turn, please
+--model BAD/tagless                         > BAD/tagless | tags
+--model BAD/linear                          > BAD/linear | linear attention
+--model BAD/quantised                       > BAD/quantised | --lora_rank
+--model BAD/few                             > BAD/few | its embeddings end at 39
+--model BAD/short                           > BAD/short | its context of 24
+--model BAD/orphan                          > BAD/orphan | names no base model
+--model BAD/moved                           > BAD/moved | /nowhere/base
 --data chess                                > chess
 --data countdown=/nowhere/rows.jsonl        > /nowhere/rows.jsonl
 --data countdown=BAD/broken.jsonl           > broken.jsonl | line 2
@@ -1708,14 +1701,24 @@ def bad(toy, tmp_path_factory):
     folder, row = tmp_path_factory.mktemp("bad"), json.dumps(toys.COUNTDOWN[0]) + "\n"
     for name, text in {"file": "", "nothing.jsonl": "", "broken.jsonl": row + '{"nums": [1,\n',
                        "columns.jsonl": row + '{"target": 3}\n',
-                       "word.jsonl": '{"nums": "3 4", "target": 7}\n',
-                       "quote.txt": "--model 'a\n"}.items():
+                       "word.jsonl": '{"nums": "3 4", "target": 7}\n', "quote.txt": "--model 'a\n"}.items():
         (folder / name).write_text(text)
     (folder / "empty").mkdir()
     for name, template in (("untemplated", None),
                            ("strict", "{{ raise_exception('no system turn, please') }}")):
         toys.model().save_pretrained(folder / name)
         toys.tokenizer(template).save_pretrained(folder / name)
+    nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    for name, changes in {"quantised": {"quantization_config": nf4}, "few": {"vocab_size": 40},
+                          "short": {"max_position_embeddings": 24}, "linear": {}, "tagless": {}}.items():
+        toys.tokenizer().save_pretrained(folder / name)
+        config = toys.model().config.to_dict() if name != "linear" else Mamba2Config().to_dict()
+        (folder / name / "config.json").write_text(json.dumps(config | changes))
+    text = (folder / "tagless/tokenizer.json").read_text()
+    (folder / "tagless/tokenizer.json").write_text(text.replace("<answer>", "<>").replace('"w"', '"W W"'))
+    for name, base in (("orphan", {}), ("moved", {"base_model_name_or_path": "/nowhere/base"})):
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").write_text(json.dumps(base))
     return folder
 
 
@@ -1738,11 +1741,8 @@ def test_model_files_that_are_damaged_incomplete_or_missing_get_one_line(toy, tm
                                ("lacks", lambda path: save_file(kept, path, {"format": "pt"}), "up_proj")):
         shutil.copytree(toy / "model", tmp_path / name)
         change(tmp_path / name / "model.safetensors")
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main(flags(toy, tmp_path / "out", f"--model {tmp_path}/{name}"))
-        last = capfd.readouterr().err.splitlines()[-1]
-        assert stop.value.code == 2 and last.startswith("grpo.py: --model") and says in last
+        last = refusal(flags(toy, tmp_path / "out", f"--model {tmp_path}/{name}"), capfd, alone=False)
+        assert last.startswith("grpo.py: --model") and says in last
 
 
 @pytest.mark.parametrize("module, more", [("tensorboard", "--log_to wandb"), ("peft", "--lora_rank 4"),

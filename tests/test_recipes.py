@@ -4,10 +4,12 @@ import json
 import math
 import re
 import shlex
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 import countdown
 import eval as evaluation
@@ -161,9 +163,59 @@ def check_run(args, flags, out):
     metrics = [m for m in toys.read(out / "metrics.jsonl") if "loss" in m]
     assert [m["step"] for m in metrics] == [1, 2] and all(math.isfinite(m["loss"]) for m in metrics)
     ran = json.loads((out / "args.json").read_text())
-    assert {name: value for name, value in ran.items() if name not in flags} == \
-           {name: value for name, value in args.items() if name not in flags}
+    assert ran.pop("data_crc")
+    settled = {name for name in ("dtype", "optim", "activation_checkpointing") if args[name] is None}
+    assert all(ran[name] is not None for name in settled)       # by the device
+    assert {name: value for name, value in ran.items() if name not in flags.keys() | settled} == \
+           {name: value for name, value in args.items() if name not in flags.keys() | settled}
     assert (out / "merged" / "config.json").exists() == args["merge"]
+
+
+# ---------------------------------------------------------------------------------- their memory
+@pytest.fixture(scope="module")
+def bench():
+    """tests/bench/bench_memory.py, which computes memory at true shapes without a GPU."""
+    sys.path.insert(0, str(ROOT / "tests/bench"))
+    import bench_memory
+    return bench_memory
+
+
+def test_the_default_command_fits_a_gpu_of_80_gb(bench):
+    gb = bench.compute("grpo", *shlex.split(bench.DEFAULT)[1:])
+    assert gb["gradients"] == gb["masters"] == 2 * gb["weights"] == 2 * gb["reference"] > 12
+    assert gb["moments"] == gb["weights"] and min(gb["keys+values"], gb["activations"], gb["logits"]) > 1
+    assert gb["total"] <= 64                                    # GB: leaves room for longer prompts
+
+
+@pytest.mark.parametrize("flags", [
+    "--model Qwen/Qwen2.5-3B-Instruct", "@recipes/smollm2-135m-gsm8k/grpo.txt",
+    "--model Qwen/Qwen2.5-3B-Instruct --micro_batch_size 4 --no-activation_checkpointing",
+    "--model Qwen/Qwen2.5-0.5B-Instruct --lora_rank 32 --optim adamw"])
+def test_what_grpo_says_about_its_memory_is_about_what_is_computed(flags, bench, monkeypatch):
+    if "lora" in flags:
+        pytest.importorskip("peft")
+    monkeypatch.chdir(ROOT)                                     # @recipes/...
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 80e9))
+    said, args = [], grpo.parse_args(flags.split())
+    monkeypatch.setattr(grpo, "note", said.append)
+    args.optim, args.dtype = args.optim or "adamw8bit", "bfloat16"              # as on a GPU
+    args.activation_checkpointing = args.activation_checkpointing is not False
+    shape = bench.shape_of(args.model)
+    lm = bench.make(shape, bench.shapes.SHAPES[shape][2], torch.bfloat16, args.lora_rank)
+    trained = {name: (p, p) for name, p in lm.named_parameters() if p.requires_grad}
+    data = [{"prompt_ids": [0] * bench.LENGTHS[bench.tasks_of(args)[0]][0]}]
+    grpo.describe(args, lm, trained, data, torch.device("cuda"), ends=[1])
+    gb = float(re.search(r"([\d.]+) of 80 GB", said[0])[1])
+    assert gb == pytest.approx(bench.compute("grpo", *flags.split())["total"], rel=0.15)
+
+
+def test_the_readme_has_the_flags_that_are_computed_to_fit(bench):
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| (\d+) GB.* \| ([\d.]+B) \| (.*) \| \d+ \|$", readme, re.M)
+    assert rows == [(str(card), model, f"`{flags}`" if flags else "none") for card, model, flags in bench.FITS]
+    for recipe, card in bench.CARDS.items():
+        if recipe != "tiny":
+            assert re.search(rf"^\| `{recipe}` .*\(for {card}\) \|$", readme, re.M)
 
 
 # ---------------------------------------------------------------------------------- the README
@@ -185,7 +237,7 @@ def flags_of(main, capsys):
     """The flags that a script's --help names."""
     with pytest.raises(SystemExit):
         main(["--help"])
-    return set(re.findall(r"--[a-z0-9_]+", capsys.readouterr().out))
+    return set(re.findall(r"--[a-z][a-z0-9_-]*", capsys.readouterr().out))
 
 
 def test_every_command_of_the_readme_parses(monkeypatch, capsys):

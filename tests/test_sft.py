@@ -6,7 +6,7 @@ import random
 import shutil
 import signal
 import time
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +102,8 @@ def refusal(argv, capfd):
 def read(tokenizer, rows, tmp_path, *more):
     """rows of countdown -> what sft.py makes of them."""
     path = toys.write(tmp_path / "rows.jsonl", rows)
-    return sft.read_rows([f"countdown={path}"], "train", parsed("--model", "toy", *more), tokenizer)
+    rows = rewards.load_rows(f"countdown={path}", "train")
+    return sft.encode(rows, tokenizer, parsed("--model", "toy", *more))
 
 
 # ---------------------------------------------------------------- rows
@@ -142,7 +143,7 @@ def test_only_the_worked_completion_and_its_end_token_are_trained(tmp_path, styl
     longest_first = sorted(range(4), key=lambda i: -len(rows[i][0]))
     for i, line, target in zip(longest_first, inputs, targets):
         chat = rewards.messages("countdown", ROWS[i], style)
-        prompt = tok.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        prompt = tok(sft.render(tok, [chat])[0], add_special_tokens=False)["input_ids"]
         text = rewards.worked_completion("countdown", ROWS[i], style)
         want = tok(text, add_special_tokens=False)["input_ids"] + [tok.eos_token_id]
         ids, padding = prompt + want, len(line) - len(prompt) - len(want) + 1
@@ -153,9 +154,9 @@ def test_only_the_worked_completion_and_its_end_token_are_trained(tmp_path, styl
 def test_the_end_token_is_the_chat_templates_even_where_the_eos_is_another():
     tok = toys.tokenizer(toys.TEMPLATE.replace("{% endfor %}", "\n{% endfor %}"))
     tok.eos_token = toys.UNKNOWN
-    assert sft.end_token(tok) == tok.convert_tokens_to_ids(toys.END)
+    assert sft.end_ids(tok, GenerationConfig())[0] == tok.convert_tokens_to_ids(toys.END)
     tok.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    assert sft.end_token(tok) == tok.convert_tokens_to_ids(toys.UNKNOWN)
+    assert sft.end_ids(tok, GenerationConfig())[0] == tok.convert_tokens_to_ids(toys.UNKNOWN)
 
 
 def test_rows_beyond_the_limit_are_left_out_whole_and_counted(toy, tmp_path, capfd):
@@ -168,8 +169,8 @@ def test_rows_beyond_the_limit_are_left_out_whole_and_counted(toy, tmp_path, cap
 
 
 def test_every_row_comes_once_an_epoch_in_an_order_of_the_seed(toy, tmp_path, monkeypatch):
-    drawn, data, read_rows, make_batches = {}, [], sft.read_rows, sft.make_batches
-    monkeypatch.setattr(sft, "read_rows", lambda *args: data.append(read_rows(*args)) or data[-1])
+    drawn, data, encode, make_batches = {}, [], sft.encode, sft.make_batches
+    monkeypatch.setattr(sft, "encode", lambda *args: data.append(encode(*args)) or data[-1])
     for seed in (1, 2):
         def spy(rows, size):
             drawn.setdefault(seed, []).extend(next(i for i, row in enumerate(data[-1]) if row is x) for x in rows)
@@ -276,6 +277,8 @@ def test_an_update_of_5e_7_moves_the_weights_that_are_saved_in_bf16(toy, tmp_pat
     argv = flags(toy, tmp_path, "--dtype", "bfloat16", "--lr", 5e-7, "--save_every", 1, *more, steps=1)
     assert together(world, argv) == [0] * world
     after, before = trained(tmp_path / "checkpoint-1"), weights(toy / "model")
+    if world == 1:                                              # it is trained from what bf16 makes of a file
+        before = {name: x.bfloat16().float() for name, x in before.items()}
     for name in weights(tmp_path):
         assert after[name].dtype == torch.float32 and 1e-7 < (before[name] - after[name]).abs().max() < 1e-6
         for folder in (tmp_path, tmp_path / "checkpoint-1"):
@@ -283,27 +286,11 @@ def test_an_update_of_5e_7_moves_the_weights_that_are_saved_in_bf16(toy, tmp_pat
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("optim", ["adamw8bit", "paged_adamw8bit", "muon"])
+@pytest.mark.parametrize("optim", ["adamw", "adamw8bit", "paged_adamw8bit"])
 def test_training_lowers_the_loss_with_every_optimizer(toy, tmp_path, optim):
     sft.main(flags(toy, tmp_path, "--optim", optim, "--lr", 3e-3, steps=12))
     lines = metrics(tmp_path)
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
-
-
-@pytest.mark.parametrize("shape", [(24, 24), (8, 24), (24, 8)])
-def test_muon_steps_as_pytorchs_own_but_for_its_bf16(shape, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
-    torch.manual_seed(0)
-    start, gradients = torch.randn(shape), torch.randn(3, *shape)
-    moved = []
-    theirs = partial(torch.optim.Muon, lr=0.1, weight_decay=0.0)
-    for make in partial(sft.Muon, defaults={"lr": 0.1}), theirs:
-        p = torch.nn.Parameter(start.clone())
-        optimizer = make([p])
-        for p.grad in gradients:
-            optimizer.step()
-        moved.append(p.detach() - start)
-    assert (moved[0] - moved[1]).norm() < 1e-5 * moved[1].norm()
 
 
 def test_activation_checkpointing_changes_nothing(toy, tmp_path):
@@ -374,7 +361,7 @@ def test_same_seed_same_bytes_another_seed_others(toy, tmp_path):
     assert a == b != c
 
 
-@pytest.mark.parametrize("kind", [[], ["--optim", "muon"], ["--optim", "adamw8bit", "--dtype", "bfloat16"],
+@pytest.mark.parametrize("kind", [[], ["--lora_rank", "4"], ["--optim", "adamw8bit", "--dtype", "bfloat16"],
                                   ["--lora_rank", "4", "--load_in_4bit"]], ids=" ".join)
 def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(toy, tmp_path, kind):
     def argv(out, *more):
@@ -414,7 +401,7 @@ def test_a_run_killed_within_a_save_ends_bitwise_equal(toy, tmp_path, where):
         os.kill(os.getpid(), signal.SIGKILL)
 
     def half(state, path):
-        if state["step"] == 3:
+        if state["done"]["step"] == 3:
             path.write_bytes(b"half of it")
             die()
         save(state, path)
@@ -509,13 +496,15 @@ def test_a_command_that_cannot_work_gets_one_line(toy, tmp_path, monkeypatch, ca
 
 
 def test_out_of_gpu_memory_is_one_line_of_advice_that_resume_allows(toy, tmp_path, monkeypatch, capfd):
+    real = LlamaForCausalLM.forward
+
+    @wraps(real)
     def no_memory(lm, input_ids, **inputs):
         if len(input_ids) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(lm, input_ids, **inputs)
 
-    real = LlamaForCausalLM.forward
     monkeypatch.setattr(LlamaForCausalLM, "forward", no_memory)
-    assert "lower --micro_batch_size" in refusal(flags(toy, tmp_path), capfd)
+    assert "smaller --micro_batch_size" in refusal(flags(toy, tmp_path), capfd)
     sft.main(flags(toy, tmp_path, "--resume", "--micro_batch_size", 1))
     assert steps_of(tmp_path) == [1, 2, 3, 4]

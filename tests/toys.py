@@ -1,5 +1,7 @@
 """A toy checkpoint and toy rows: what tests share. The tokenizer is one token a character, and its pad
-token is its end token, as in Qwen's base models; the model has more ids than the tokenizer, as most have."""
+token is its end token, as in Qwen's base models; the model has more ids than the tokenizer, as most have.
+Its template leaves the instructions out, which keeps the prompts short: of a user's turn it shows only what
+follows the last blank line."""
 import json
 import os
 import signal
@@ -10,13 +12,18 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM,
-                          PreTrainedTokenizerFast, Qwen2Config, Qwen3Config)
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (AutoModelForCausalLM, Cohere2Config, CohereConfig, Gemma2Config, Gemma3TextConfig,
+                          GPT2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM, MistralConfig,
+                          PreTrainedTokenizerFast, Qwen2Config, Qwen3Config, Qwen3MoeConfig)
 
 END, USER, ASSISTANT, UNKNOWN = "<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"
 TAGS = ["<reasoning>", "</reasoning>", "<think>", "</think>", "<answer>", "</answer>"]
 TEMPLATE = ("{% for m in messages if m['role'] != 'system' %}"
-            "<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+            "<|{{ m['role'] }}|>{{ m['content'].split('\n\n')[-1] if m['role'] == 'user' else m['content'] }}"
+            "<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 VOCAB = 128
 
@@ -51,16 +58,25 @@ def model(seed=0, std=0.1, vocab=VOCAB, hidden=64, layers=2, tied=True, **config
         "pad_token_id": None} | config)).eval()
 
 
-# Models with plain attention, of many kinds: name -> its config's class, what it is besides small
+# Models of many kinds: name -> its config's class, what it is besides small. OFF undoes what is odd in them
 KINDS = {"llama": (LlamaConfig, {}), "qwen2": (Qwen2Config, {}), "qwen3": (Qwen3Config, {}),
+         "moe": (Qwen3MoeConfig, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
          "untied": (Qwen2Config, {"tie_word_embeddings": False}),
          "one head each": (LlamaConfig, {"num_key_value_heads": 4}),
-         "gpt2": (GPT2Config, {"n_head": 4, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0})}
+         "gpt2": (GPT2Config, {"n_head": 4, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}),
+         "mistral": (MistralConfig, {"sliding_window": 4}),
+         "gemma 2": (Gemma2Config, {"sliding_window": 4, "final_logit_softcapping": 2.0}),
+         "gemma 3": (Gemma3TextConfig, {"sliding_window": 4,
+                                        "layer_types": ["sliding_attention", "full_attention"]}),
+         "granite": (GraniteConfig, {"logits_scaling": 4.0}), "cohere": (CohereConfig, {"logit_scale": 0.5}),
+         "cohere 2": (Cohere2Config, {"sliding_window": 4, "logit_scale": 0.5})}
+OFF = {"sliding_window": 99, "final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 
 
-def small(kind=LlamaConfig, seed=0, **config):
-    """A random model of this kind, of 64 ids."""
+def small(kind="llama", seed=0, **config):
+    """A random model of this kind, a name above or a config's class, of 64 ids."""
     torch.manual_seed(seed)
+    kind, config = (KINDS[kind][0], KINDS[kind][1] | config) if kind in KINDS else (kind, config)
     config = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
               "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
               "initializer_range": 0.2, "head_dim": 8,
@@ -91,6 +107,24 @@ def save(folder, **kwargs):
         write(folder / "countdown" / f"{split}.jsonl", COUNTDOWN)
         write(folder / "gsm8k" / f"{split}.jsonl", GSM8K)
     return folder
+
+
+class Memory(TorchDispatchMode):
+    """The largest tensor made, in elements, and the most bytes alive at once."""
+    def __init__(self):
+        super().__init__()
+        self.largest, self.peak, self.alive = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self.largest = max(self.largest, storage.nbytes() // x.element_size())
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
 
 
 # ---------------------------------------------------------------- processes

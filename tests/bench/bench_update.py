@@ -55,25 +55,25 @@ def log(*_):
 
 
 def run_grpo(*flags):
-    prompts = [{"task": "gsm8k", "prompt_ids": draw(prompt)} for _ in range(a.rows // a.group_size)]
+    problems = [{"task": "countdown", "nums": [1, 2], "target": 3} for _ in range(a.rows // a.group_size)]
 
-    def sample(sampler, tokenizer, data, indices, *_):
-        groups = [[] for _ in indices]
-        for n, (i, group) in zip(lengths, zip(indices * a.group_size, groups * a.group_size)):
+    def roll_out(sampler, tokenizer, rows, *_):
+        """Random completions of the given lengths, in place of sampled ones."""
+        groups = [[] for _ in rows]
+        for n, (row, group) in zip(lengths, zip(rows * a.group_size, groups * a.group_size)):
             parts = dict.fromkeys(("reward", "correct", "format"), rng.random())
-            group.append(grpo.Rollout(i, data[i]["prompt_ids"], draw(n), torch.zeros(n), True, "", parts))
+            group.append(grpo.Rollout(row | {"prompt_ids": draw(prompt)}, draw(n), torch.zeros(n), True, "", parts))
         return groups
 
-    grpo.read_prompts = lambda sources, *_: prompts if sources else []
-    grpo.sample, grpo.score, grpo.log = sample, lambda *_: None, log
-    grpo.main([*flags, "--prompts_per_step", str(len(prompts)), "--group_size", str(a.group_size),
+    grpo.read_rows = lambda sources, *_: problems if sources else []
+    grpo.roll_out, grpo.log = roll_out, log
+    grpo.main([*flags, "--prompts_per_step", str(len(problems)), "--group_size", str(a.group_size),
                "--max_new_tokens", str(longest), "--max_resample", "0", "--beta", "0", *more])
 
 
 def run_sft(*flags):
-    rows = [(torch.tensor(draw(prompt + n)), torch.tensor([-100] * prompt + draw(n))) for n in lengths]
-    sft.read_rows = lambda sources, *_: rows if sources else []
-    sft.append = log
+    encoded = [(torch.tensor(draw(prompt + n)), torch.tensor([-100] * prompt + draw(n))) for n in lengths]
+    sft.rewards.load_rows, sft.encode, sft.append = lambda *_: [{}], lambda *_: encoded, log
     sft.main([*flags, "--batch_size", str(a.rows), *more])
 
 

@@ -15,6 +15,8 @@ sys.path.insert(0, str(ROOT))
 
 # hidden size, MLP size, layers, heads, key-value heads, vocabulary, tied embeddings
 SHAPES = {"tiny": (128, 256, 3, 4, 4, 361, True), "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True),
+          "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936, True),
+          "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936, True),
           "qwen2.5-3b": (2048, 11008, 36, 16, 2, 151936, True),
           "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, False),
           "qwen2.5-14b": (5120, 13824, 48, 40, 8, 152064, False)}
