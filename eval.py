@@ -97,8 +97,7 @@ def forbid(lm, tokens):
 
 def evaluate_model(name, lm, checkpoint, rows, args, file):
     """Sample and score all rows -> a record per completion, written to `file` as soon as it is scored."""
-    tokenizer, prompts, forbidden = checkpoint
-    ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    tokenizer, prompts, ids, forbidden = checkpoint
     ends = end_ids(tokenizer, lm.generation_config)
     forbid(lm, forbidden)
     order = sorted(range(len(rows)), key=lambda i: -len(ids[i]))          # the first needs most memory
@@ -230,11 +229,12 @@ def run(args, kept):
         with expect(f"--model {name}"):
             tokenizer = load_tokenizer(name, args.style)
             prompts = prompts_of(tokenizer, chats)
-            check_model(name, tokenizer(prompts, add_special_tokens=False)["input_ids"], args.max_new_tokens)
+            ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+            check_model(name, ids, args.max_new_tokens)
         forbidden = [tokenizer.encode(text, add_special_tokens=False) for text in args.forbid_after]
-        if any(len(ids) != 1 for ids in forbidden):
-            fail(f"--forbid_after: {[len(ids) for ids in forbidden]} tokens for {name}; each must be one")
-        checkpoints[name] = tokenizer, prompts, [ids[0] for ids in forbidden]
+        if any(len(x) != 1 for x in forbidden):
+            fail(f"--forbid_after: {[len(x) for x in forbidden]} tokens for {name}; each must be one")
+        checkpoints[name] = tokenizer, prompts, ids, [x[0] for x in forbidden]
         ran = [Path(folder, "args.json") for folder in (name, Path(name).parent)]       # or its checkpoint's
         if base_of(name) != name and any('"load_in_4bit": true' in x.read_text() for x in ran if x.exists()):
             print(f"{name}: trained on a 4-bit base, measured on the 16-bit one; its merged/ (--merge) is "
