@@ -1,7 +1,6 @@
 """Models that users bring, in the three scripts alike: right, or one line before weights load."""
 import json
 import shutil
-import signal
 from functools import partial
 from pathlib import Path
 
@@ -26,14 +25,6 @@ ROWS = [{"nums": [5, 3, 8], "target": 24, "trace": trace, "trace_answer": said} 
 FLAGS = {"sft": "--steps 2 --batch_size 4 --micro_batch_size 2 --max_length 300 --lr 1e-2",
          "grpo": "--steps 2 --prompts_per_step 2 --group_size 2 --max_new_tokens 6 --max_resample 0",
          "eval": "--max_new_tokens 6"}
-
-
-@pytest.fixture(autouse=True)
-def signals_as_they_were():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def flags(script, model, out, *more):

@@ -45,11 +45,8 @@ def tiny():
 
 
 @pytest.fixture(autouse=True)
-def signals_as_they_were():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def no_stop_is_left():
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
     sft.STOP.clear()
 
 
