@@ -64,6 +64,7 @@ HEAD_LOGITS = 2 ** 26           # logits that exist at a time: 256 MB in fp32
 PARTS = ("loss", "kl", "clip_low", "clip_high", "entropy", "logp_gap", "seen")
 MAY_CHANGE = {"resume", "output_dir", "save_every", "log_to", "micro_batch_size", "sample_batch_size", "fsdp",
               "merge", "activation_checkpointing", "cuda_graphs"}  # at --resume: they change no update
+UNFIT = {"cpmant", "llama4", "llama4_text", "modernbert-decoder", "moshi", "phimoe", "trocr"}  # tried: wrong
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -656,10 +657,12 @@ def check_model(name, rows, room, whole=False):
     config = transformers.AutoConfig.from_pretrained(base_of(name))
     text, top, longest = config.get_text_config(), max(map(max, rows)), max(map(len, rows)) + room
     layers = set(map(type, transformers.DynamicCache(config=text).layers))
-    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)     # None: the model's own code
-    takes = signature(kind.forward).parameters if kind else ["past_key_values"]
-    if layers - {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer} or "past_key_values" not in takes:
-        raise ValueError(f"{config.model_type} is no attention with keys and values (linear attention?)")
+    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    encoder = config.is_encoder_decoder or type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    if (encoder or config.model_type in UNFIT or not kind
+            or layers - {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
+            or "past_key_values" not in signature(kind.forward).parameters):
+        raise ValueError(f"{config.model_type} is no decoder with keys and values alone (linear attention?)")
     if whole and getattr(config, "quantization_config", None):
         raise ValueError("its weights are quantised and do not train: add --lora_rank")
     if top >= text.vocab_size:

@@ -49,6 +49,7 @@ STOP = []                       # the signals that asked this process to stop
 LOGS = ("metrics.jsonl",)
 MAY_CHANGE = {"resume", "output_dir", "save_every", "micro_batch_size", "merge", "fsdp",
               "activation_checkpointing", "eval_data", "eval_every"}  # at --resume: they change no update
+UNFIT = {"cpmant", "llama4", "llama4_text", "modernbert-decoder", "moshi", "phimoe", "trocr"}  # tried: wrong
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -365,10 +366,12 @@ def check_model(name, rows, room, whole=False):
     config = transformers.AutoConfig.from_pretrained(base_of(name))
     text, top, longest = config.get_text_config(), max(map(max, rows)), max(map(len, rows)) + room
     layers = set(map(type, transformers.DynamicCache(config=text).layers))
-    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)     # None: the model's own code
-    takes = signature(kind.forward).parameters if kind else ["past_key_values"]
-    if layers - {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer} or "past_key_values" not in takes:
-        raise ValueError(f"{config.model_type} is no attention with keys and values (linear attention?)")
+    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    encoder = config.is_encoder_decoder or type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    if (encoder or config.model_type in UNFIT or not kind
+            or layers - {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
+            or "past_key_values" not in signature(kind.forward).parameters):
+        raise ValueError(f"{config.model_type} is no decoder with keys and values alone (linear attention?)")
     if whole and getattr(config, "quantization_config", None):
         raise ValueError("its weights are quantised and do not train: add --lora_rank")
     if top >= text.vocab_size:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer
-from transformers import (AutoModelForCausalLM, Gemma3Config, GenerationConfig, MambaConfig, MixtralConfig,
-                          OlmoeConfig, PreTrainedTokenizerFast, Qwen3NextConfig, RwkvConfig)
+from transformers import (AutoConfig, AutoModelForCausalLM, Gemma3Config, GenerationConfig, MambaConfig,
+                          MixtralConfig, OlmoeConfig, PreTrainedTokenizerFast, Qwen3NextConfig, RwkvConfig)
 
 
 import eval as ev
@@ -85,9 +85,9 @@ def with_tokenizer(make, *inputs, **changes):
 
 ALL, TRAINERS = ("sft", "grpo", "eval"), ("sft", "grpo")
 REFUSED = {  # what is brought -> scripts, how it is made, words of the line
-    "Mamba": (ALL, partial(bring, config=MambaConfig(vocab_size=128)), "mamba is no attention"),
-    "RWKV": (ALL, partial(bring, config=RwkvConfig(vocab_size=128)), "rwkv is no attention"),
-    "linear attention": (ALL, partial(bring, config=hybrid()), "qwen3_next is no attention"),
+    "Mamba": (ALL, partial(bring, config=MambaConfig(vocab_size=128)), "mamba is no decoder"),
+    "RWKV": (ALL, partial(bring, config=RwkvConfig(vocab_size=128)), "rwkv is no decoder"),
+    "linear attention": (ALL, partial(bring, config=hybrid()), "qwen3_next is no decoder"),
     "more ids than embeddings": (ALL, partial(bring, vocab_size=60), "its embeddings end at 59"),
     "a short context": (ALL, partial(bring, max_position_embeddings=20), "do not fit its context of 20"),
     "no chat template": (ALL, with_tokenizer(toys.tokenizer, None), "its folder, as chat_template.jinja"),
@@ -98,6 +98,8 @@ REFUSED = {  # what is brought -> scripts, how it is made, words of the line
     "an end without an embedding": (("sft",), with_tokenizer(added_end, vocab_size=106), "has the id 106"),
     "4-bit weights, to train whole": (TRAINERS, partial(bring, quantization_config={
         "quant_method": "bitsandbytes", "load_in_4bit": True}), "add --lora_rank")}
+for kind in ("bert", "roberta", "electra", "t5", "cpmant", "llama4_text", "moshi", "phimoe", "trocr"):
+    REFUSED[kind] = (ALL, lambda folder, kind=kind: bring(folder, AutoConfig.for_model(kind)), f"{kind} is no decoder")
 
 
 @pytest.mark.parametrize("what, script", [(what, script) for what in REFUSED for script in REFUSED[what][0]])
