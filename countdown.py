@@ -34,7 +34,7 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections import Counter, namedtuple
+from collections import namedtuple
 from functools import lru_cache
 from itertools import combinations, combinations_with_replacement, cycle, product
 from math import ceil, comb, gcd
@@ -386,10 +386,11 @@ def main(argv=None):
     rng.shuffle(files.get("sft", []))
     save(folder, files)
     for name, rows in files.items():
-        classes = Counter(row["difficulty"] for row in rows)
         solved = sum(row["trace"].endswith("ok") for row in rows) / len(rows)
-        counts = ", ".join(f"{classes[difficulty]:,} {difficulty}" for difficulty in CLASSES)
+        counts = ", ".join(f"{sum(row['difficulty'] == x for row in rows):,} {x}" for x in CLASSES)
         print(f"{folder / name}.jsonl: {len(rows):,} rows, {counts}; the teacher solves {solved:.0%}")
+    then = "sft.py --data countdown={}/sft.jsonl" if "sft" in files else "eval.py --data countdown={}"
+    print(f"wrote {folder}: next, python", then.format(folder))
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C: temporary files are removed

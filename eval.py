@@ -271,7 +271,8 @@ def run(args, kept):
         if not row["format"]:
             print(f"\n{row['model']}: no completion has the form that was asked for: read the samples; a "
                   "cold start with sft.py teaches it")
-    print("\nwritten:", *files, f"{stem}.samples.jsonl", flush=True)    # into a closed pipe: main() knows
+    names = ", ".join([*files, f"{stem}.samples.jsonl"])
+    print(f"\nwrote {names}: next, read the samples", flush=True)       # into a closed pipe: main() knows
 
 def main(argv=None):
     transformers.utils.logging.disable_progress_bar()

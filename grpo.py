@@ -336,8 +336,9 @@ def train(args):
             done["evaluated"] = done["step"]
 
     refresh()
+    bar = step_bar(done["step"], args.steps)
     try:
-        for step in range(done["step"] + 1, args.steps + 1):
+        for step in bar:
             if done["step"] % args.eval_every == 0:             # 8, of the step before
                 evaluate()
             started = time.perf_counter()
@@ -415,9 +416,8 @@ def train(args):
                 "sample_seconds": updating - started, "update_seconds": ended - updating,
                 "step_seconds": ended - started}
             log(args, board, metrics)
-            left = tqdm.format_interval((ended - started) * (args.steps - step))
-            note("step {step}/{}  reward {reward:.3f}  correct {correct:.3f}  length {completion_length:.0f} "
-                 " entropy {entropy:.3f}  {step_seconds:.1f} s  {} left".format(args.steps, left, **metrics))
+            report(bar, metrics, "reward {reward:.3f}  correct {correct:.3f}  length {completion_length:.0f}  "
+                   "entropy {entropy:.3f}")
             skipped = not math.isfinite(sums["loss"] + sums["grad_norm"])
             if skipped:
                 note(f"warning: the gradient of step {step} is not finite and was not used; lower --lr")
@@ -444,6 +444,7 @@ def train(args):
         save_model(args.output_dir)
     if args.merge:
         write_merged(args.output_dir, f"{args.output_dir}/merged", args, tokenizer)
+    note(f"wrote {args.output_dir}: next, python eval.py --model {args.model} {args.output_dir} --data ...")
 
 @dataclass
 class Rollout:
@@ -818,6 +819,19 @@ def progress(items, what, together=False):
         if any(gather(STOP)) if together else STOP:
             return
         yield item
+
+def step_bar(done, steps):
+    """The numbers of the steps still to do, with a bar on a terminal."""
+    off = RANK > 0 or not sys.stderr.isatty()
+    return tqdm(range(done + 1, steps + 1), "step", total=steps, initial=done, disable=off)
+
+def report(bar, metrics, line):
+    """Say how a step went: beside the bar or, where there is none, in a line, of quick steps every tenth."""
+    step, seconds = metrics["step"], metrics["step_seconds"]
+    bar.set_postfix_str(line.format(**metrics), refresh=False)
+    if bar.disable and (seconds > 5 or step % 10 == 0 or step in (1, bar.total)):
+        left = tqdm.format_interval(seconds * (bar.total - step))
+        note(f"step {step}/{bar.total}  {line.format(**metrics)}  {seconds:.1f} s  {left} left")
 
 def open_run(args, defaults):
     """Lock --output_dir -> the state of its newest checkpoint that loads, or None for a new run.

@@ -216,8 +216,9 @@ def train(args):
         note(f"step {step}/{steps}  held-out: loss {loss / n:.4f}  accuracy {right / n:.3f}")
 
     policy.train()
+    bar = step_bar(done["step"], steps)
     try:
-        for step in range(done["step"] + 1, steps + 1):
+        for step in bar:
             started = time.perf_counter()
             past = (step - 1 - args.warmup) / max(1, steps - args.warmup)
             factor = step / args.warmup if past < 0 else (1 + math.cos(math.pi * past)) / 2
@@ -246,9 +247,7 @@ def train(args):
                        "tokens_per_s": tokens / seconds, "step_seconds": seconds,
                        "peak_memory_gb": peak_memory()}
             append(Path(args.output_dir) / "metrics.jsonl", [metrics])
-            left = tqdm.format_interval(seconds * (steps - step))
-            note("step {step}/{}  loss {loss:.4f}  accuracy {token_accuracy:.3f}  grad {grad_norm:.2f}  "
-                 "{tokens_per_s:.0f} tokens/s  {} left".format(steps, left, **metrics))
+            report(bar, metrics, "loss {loss:.4f}  accuracy {token_accuracy:.3f}  {tokens_per_s:.0f} tokens/s")
             if skipped:
                 note(f"warning: the gradient of step {step} is not finite and was not used; lower --lr")
             if held_out and (step == steps or args.eval_every and step % args.eval_every == 0):
@@ -266,6 +265,7 @@ def train(args):
         save_model(args.output_dir, weights)
     if args.merge:
         write_merged(args.output_dir, f"{args.output_dir}/merged", args, tokenizer)
+    note(f"wrote {args.output_dir}: next, python grpo.py --model {args.output_dir} --data ...")
 
 def main(argv=None):
     with expect("flags"):                                       # a flag file: an open quote, no UTF-8
@@ -527,6 +527,19 @@ def progress(items, what, together=False):
         if any(gather(STOP)) if together else STOP:
             return
         yield item
+
+def step_bar(done, steps):
+    """The numbers of the steps still to do, with a bar on a terminal."""
+    off = RANK > 0 or not sys.stderr.isatty()
+    return tqdm(range(done + 1, steps + 1), "step", total=steps, initial=done, disable=off)
+
+def report(bar, metrics, line):
+    """Say how a step went: beside the bar or, where there is none, in a line, of quick steps every tenth."""
+    step, seconds = metrics["step"], metrics["step_seconds"]
+    bar.set_postfix_str(line.format(**metrics), refresh=False)
+    if bar.disable and (seconds > 5 or step % 10 == 0 or step in (1, bar.total)):
+        left = tqdm.format_interval(seconds * (bar.total - step))
+        note(f"step {step}/{bar.total}  {line.format(**metrics)}  {seconds:.1f} s  {left} left")
 
 def open_run(args, defaults):
     """Lock --output_dir -> the state of its newest checkpoint that loads, or None for a new run.

@@ -262,6 +262,19 @@ def test_the_learning_rate_warms_up_to_the_peak_and_falls_by_half_a_cosine(toy, 
     assert [line["lr"] for line in metrics(tmp_path)] == pytest.approx([1e-3 * x for x in factors])
 
 
+def test_steps_are_lines_in_a_log_and_a_bar_on_a_terminal_and_the_end_says_what_is_next(
+        toy, tmp_path, monkeypatch, capsys):
+    sft.main(flags(toy, tmp_path / "log", steps=12))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("step ")] == ["1/12", "10/12", "12/12"]
+    assert "loss" in lines[-2] and lines[-1].startswith(f"wrote {tmp_path}/log: next, python grpo.py --model")
+    monkeypatch.setattr(sft.sys.stderr, "isatty", lambda: True)
+    sft.main(flags(toy, tmp_path / "terminal", steps=12))
+    said = capsys.readouterr().err
+    bar = said.split("\r")[-1]
+    assert "step 1/12" not in said and "12/12 [" in bar and "loss" in bar and "accuracy" in bar
+
+
 def test_without_steps_the_epochs_count(toy, tmp_path):
     argv = flags(toy, tmp_path, "--epochs", 1.5, "--batch_size", 7)
     at = argv.index("--steps")
