@@ -389,8 +389,7 @@ def main(argv=None):
         solved = sum(row["trace"].endswith("ok") for row in rows) / len(rows)
         counts = ", ".join(f"{sum(row['difficulty'] == x for row in rows):,} {x}" for x in CLASSES)
         print(f"{folder / name}.jsonl: {len(rows):,} rows, {counts}; the teacher solves {solved:.0%}")
-    then = "sft.py --data countdown={}/sft.jsonl" if "sft" in files else "eval.py --data countdown={}"
-    print(f"wrote {folder}: next, python", then.format(folder))
+    print(f"wrote {folder}: next, python sft.py (or grpo.py) --data countdown={folder}")
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C: temporary files are removed
