@@ -27,15 +27,38 @@ from inspect import signature
 from pathlib import Path
 from statistics import fmean, multimode
 
-import numpy as np
-import torch
-import transformers
-from tqdm import tqdm
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
-
 import rewards
 
-UNFIT = {"cpmant", "llama4", "llama4_text", "modernbert-decoder", "moshi", "phimoe", "trocr"}  # tried: wrong
+def fail(message):
+    """Print one line on stderr and exit with code 2: what a wrong flag, file or model gets."""
+    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+@contextmanager
+def expect(what):
+    """Whatever error a library raises inside becomes one line that begins with `what`."""
+    try:
+        yield
+    except Exception as err:  # of a dozen types: not there, damaged, unknown, a missing package, no memory
+        fail(f"{what}: {str(err)[:300] or type(err).__name__}")
+
+def flag_parser():
+    """argparse that also reads @FILE, flags as in a shell with # comments, and whose errors are one line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    parser.error = fail
+    return parser
+
+def at_least(least, kind=int):
+    """An argparse type: a finite number that is not below `least`."""
+    def number(text):
+        if not least <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+        return kind(text)
+    return number
+
+NATURAL, POSITIVE, FLOAT = at_least(0), at_least(1), at_least(0, float)
 
 def parse_args(argv=None):
     parser = flag_parser()
@@ -63,6 +86,15 @@ def parse_args(argv=None):
     if not args.output.endswith(".json") or Path(args.output).is_dir():
         fail(f"--output {args.output}: must be a file that ends in .json")
     return args
+
+ARGS = parse_args() if __name__ == "__main__" else None         # --help does not wait for these imports
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+UNFIT = {"cpmant", "llama4", "llama4_text", "modernbert-decoder", "moshi", "phimoe", "trocr"}  # tried: wrong
 
 
 # ---------------------------------------------------------------------------------------- 1. problems
@@ -277,7 +309,7 @@ def run(args, kept):
 def main(argv=None):
     transformers.utils.logging.disable_progress_bar()
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # what a cluster sends
-    args = parse_args(argv)
+    args = ARGS or parse_args(argv)
     kept = Path(args.output.removesuffix(".json") + ".so_far.jsonl")
     try:
         run(args, kept)
@@ -356,37 +388,6 @@ def decode(tokenizer, completions, prompts, ends, style):
     with the reasoning's opening tag in front where the prompt ends in it."""
     texts = tokenizer.batch_decode([ids[:-1] if ids and ids[-1] in ends else ids for ids in completions])
     return [rewards.opening(prompt, style) + text for prompt, text in zip(prompts, texts)]
-
-def fail(message):
-    """Print one line on stderr and exit with code 2: what a wrong flag, file or model gets."""
-    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-@contextmanager
-def expect(what):
-    """Whatever error a library raises inside becomes one line that begins with `what`."""
-    try:
-        yield
-    except Exception as err:  # of a dozen types: not there, damaged, unknown, a missing package, no memory
-        fail(f"{what}: {str(err)[:300] or type(err).__name__}")
-
-def flag_parser():
-    """argparse that also reads @FILE, flags as in a shell with # comments, and whose errors are one line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-    parser.error = fail
-    return parser
-
-def at_least(least, kind=int):
-    """An argparse type: a finite number that is not below `least`."""
-    def number(text):
-        if not least <= kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
-        return kind(text)
-    return number
-
-NATURAL, POSITIVE, FLOAT = at_least(0), at_least(1), at_least(0, float)
 
 def base_of(name):
     """The model that the adapter in folder `name` adapts; for any other model `name` itself."""

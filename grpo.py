@@ -44,31 +44,41 @@ from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import transformers
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import distribute_tensor
-from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
-
 import rewards
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-STOP = []                       # the signals that asked this process to stop
-LOGS = ("metrics.jsonl", "samples.jsonl")
-HEAD_LOGITS = 2 ** 26           # logits that exist at a time: 256 MB in fp32
-PARTS = ("loss", "kl", "clip_low", "clip_high", "entropy", "logp_gap", "seen")
-MAY_CHANGE = {"resume", "output_dir", "save_every", "log_to", "micro_batch_size", "sample_batch_size", "fsdp",
-              "merge", "activation_checkpointing", "cuda_graphs"}  # at --resume: they change no update
-UNFIT = {"cpmant", "llama4", "llama4_text", "modernbert-decoder", "moshi", "phimoe", "trocr"}  # tried: wrong
-transformers.utils.logging.disable_progress_bar()
 
+# ------------------------------------------------- flags; down to FLOAT sft.py has the same text
+def fail(message):
+    """Print one line on stderr and exit with code 2: what a wrong flag, file or model gets."""
+    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
 
-# ----------------------------------------------------------------------------------------- flags
+@contextmanager
+def expect(what):
+    """Whatever error a library raises inside becomes one line that begins with `what`."""
+    try:
+        yield
+    except Exception as err:  # of a dozen types: not there, damaged, unknown, a missing package, no memory
+        fail(f"{what}: {str(err)[:300] or type(err).__name__}")
+
+def flag_parser():
+    """argparse that also reads @FILE, flags as in a shell with # comments, and whose errors are one line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    parser.error = fail
+    return parser
+
+def at_least(least, kind=int):
+    """An argparse type: a finite number that is not below `least`."""
+    def number(text):
+        if not least <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+        return kind(text)
+    return number
+
+NATURAL, POSITIVE, FLOAT = at_least(0), at_least(1), at_least(0, float)
+
 def parse_args(argv=None):
     parser = flag_parser()
     add = parser.add_argument_group("task").add_argument
@@ -121,7 +131,30 @@ def parse_args(argv=None):
     add("--log_to", choices=["tensorboard", "wandb"], help="besides metrics.jsonl")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output_dir, if any")
     add("--seed", type=NATURAL, default=0, help="of the data order, the sampling and new adapters")
-    return parser.parse_args(argv)
+    with expect("flags"):                                       # a flag file: an open quote, no UTF-8
+        return parser.parse_args(argv)
+
+ARGS = parse_args() if __name__ == "__main__" else None         # --help does not wait for these imports
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import distribute_tensor
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+STOP = []                       # the signals that asked this process to stop
+LOGS = ("metrics.jsonl", "samples.jsonl")
+HEAD_LOGITS = 2 ** 26           # logits that exist at a time: 256 MB in fp32
+PARTS = ("loss", "kl", "clip_low", "clip_high", "entropy", "logp_gap", "seen")
+MAY_CHANGE = {"resume", "output_dir", "save_every", "log_to", "micro_batch_size", "sample_batch_size", "fsdp",
+              "merge", "activation_checkpointing", "cuda_graphs"}  # at --resume: they change no update
+UNFIT = {"cpmant", "llama4", "llama4_text", "modernbert-decoder", "moshi", "phimoe", "trocr"}  # tried: wrong
+transformers.utils.logging.disable_progress_bar()
 
 
 # ----------------------------------------------------------------------------------------- the algorithm
@@ -416,8 +449,8 @@ def train(args):
                 "sample_seconds": updating - started, "update_seconds": ended - updating,
                 "step_seconds": ended - started}
             log(args, board, metrics)
-            report(bar, metrics, "reward {reward:.3f}  correct {correct:.3f}  length {completion_length:.0f}  "
-                   "entropy {entropy:.3f}")
+            report(bar, metrics, "reward {reward:.3f}  correct {correct:.3f}  length "
+                   "{completion_length:.0f}  entropy {entropy:.3f}")
             skipped = not math.isfinite(sums["loss"] + sums["grad_norm"])
             if skipped:
                 note(f"warning: the gradient of step {step} is not finite and was not used; lower --lr")
@@ -574,41 +607,10 @@ def decode(tokenizer, completions, prompts, ends, style):
 
 
 # ------------------------------------------------------- what sft.py has too: the same text stands there
-def fail(message):
-    """Print one line on stderr and exit with code 2: what a wrong flag, file or model gets."""
-    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-@contextmanager
-def expect(what):
-    """Whatever error a library raises inside becomes one line that begins with `what`."""
-    try:
-        yield
-    except Exception as err:  # of a dozen types: not there, damaged, unknown, a missing package, no memory
-        fail(f"{what}: {str(err)[:300] or type(err).__name__}")
-
 def note(message):
     """Print a line on stderr, on rank 0, that does not break a progress bar."""
     if RANK == 0:
         tqdm.write(message, file=sys.stderr)
-
-def flag_parser():
-    """argparse that also reads @FILE, flags as in a shell with # comments, and whose errors are one line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-    parser.error = fail
-    return parser
-
-def at_least(least, kind=int):
-    """An argparse type: a finite number that is not below `least`."""
-    def number(text):
-        if not least <= kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
-        return kind(text)
-    return number
-
-NATURAL, POSITIVE, FLOAT = at_least(0), at_least(1), at_least(0, float)
 
 def base_of(name):
     """The model that the adapter in folder `name` adapts; for any other model `name` itself."""
@@ -914,8 +916,7 @@ def append(path, rows):
             f.write(json.dumps(json.loads(json.dumps(row), parse_constant=lambda name: None)) + "\n")
 
 def main(argv=None):
-    with expect("flags"):                                       # a flag file: an open quote, no UTF-8
-        args = parse_args(argv)
+    args = ARGS or parse_args(argv)
     try:
         train(args)
         if WORLD > 1:

@@ -30,30 +30,41 @@ from functools import partial
 from inspect import signature
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils._pytree import tree_map_only
-from tqdm import tqdm
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
-
 import rewards
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-STOP = []                       # the signals that asked this process to stop
-LOGS = ("metrics.jsonl",)
-MAY_CHANGE = {"resume", "output_dir", "save_every", "micro_batch_size", "merge", "fsdp",
-              "activation_checkpointing", "eval_data", "eval_every"}  # at --resume: they change no update
-UNFIT = {"cpmant", "llama4", "llama4_text", "modernbert-decoder", "moshi", "phimoe", "trocr"}  # tried: wrong
-transformers.utils.logging.disable_progress_bar()
 
+# ------------------------------------------------ flags; down to FLOAT grpo.py has the same text
+def fail(message):
+    """Print one line on stderr and exit with code 2: what a wrong flag, file or model gets."""
+    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
 
-# ----------------------------------------------------------------------------------------- flags
+@contextmanager
+def expect(what):
+    """Whatever error a library raises inside becomes one line that begins with `what`."""
+    try:
+        yield
+    except Exception as err:  # of a dozen types: not there, damaged, unknown, a missing package, no memory
+        fail(f"{what}: {str(err)[:300] or type(err).__name__}")
+
+def flag_parser():
+    """argparse that also reads @FILE, flags as in a shell with # comments, and whose errors are one line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    parser.error = fail
+    return parser
+
+def at_least(least, kind=int):
+    """An argparse type: a finite number that is not below `least`."""
+    def number(text):
+        if not least <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+        return kind(text)
+    return number
+
+NATURAL, POSITIVE, FLOAT = at_least(0), at_least(1), at_least(0, float)
+
 def parse_args(argv=None):
     parser = flag_parser()
     add = parser.add_argument_group("task").add_argument
@@ -87,7 +98,29 @@ def parse_args(argv=None):
     add("--save_every", type=NATURAL, default=500, help="steps between checkpoints; 0: only when stopped")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output_dir, if any")
     add("--seed", type=NATURAL, default=0, help="of the data order and new weights")
-    return parser.parse_args(argv)
+    with expect("flags"):                                       # a flag file: an open quote, no UTF-8
+        return parser.parse_args(argv)
+
+ARGS = parse_args() if __name__ == "__main__" else None         # --help does not wait for these imports
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map_only
+from tqdm import tqdm
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+STOP = []                       # the signals that asked this process to stop
+LOGS = ("metrics.jsonl",)
+MAY_CHANGE = {"resume", "output_dir", "save_every", "micro_batch_size", "merge", "fsdp",
+              "activation_checkpointing", "eval_data", "eval_every"}  # at --resume: they change no update
+UNFIT = {"cpmant", "llama4", "llama4_text", "modernbert-decoder", "moshi", "phimoe", "trocr"}  # tried: wrong
+transformers.utils.logging.disable_progress_bar()
 
 
 # ----------------------------------------------------------------------------------------- rows
@@ -247,7 +280,8 @@ def train(args):
                        "tokens_per_s": tokens / seconds, "step_seconds": seconds,
                        "peak_memory_gb": peak_memory()}
             append(Path(args.output_dir) / "metrics.jsonl", [metrics])
-            report(bar, metrics, "loss {loss:.4f}  accuracy {token_accuracy:.3f}  {tokens_per_s:.0f} tokens/s")
+            line = "loss {loss:.4f}  accuracy {token_accuracy:.3f}  {tokens_per_s:.0f} tokens/s"
+            report(bar, metrics, line)
             if skipped:
                 note(f"warning: the gradient of step {step} is not finite and was not used; lower --lr")
             if held_out and (step == steps or args.eval_every and step % args.eval_every == 0):
@@ -268,8 +302,7 @@ def train(args):
     note(f"wrote {args.output_dir}: next, python grpo.py --model {args.output_dir} --data ...")
 
 def main(argv=None):
-    with expect("flags"):                                       # a flag file: an open quote, no UTF-8
-        args = parse_args(argv)
+    args = ARGS or parse_args(argv)
     try:
         train(args)
         if WORLD > 1:
@@ -282,41 +315,10 @@ def main(argv=None):
 
 
 # ------------------------------------------------------- what grpo.py has too: the same text stands there
-def fail(message):
-    """Print one line on stderr and exit with code 2: what a wrong flag, file or model gets."""
-    print(f"{Path(__file__).name}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-@contextmanager
-def expect(what):
-    """Whatever error a library raises inside becomes one line that begins with `what`."""
-    try:
-        yield
-    except Exception as err:  # of a dozen types: not there, damaged, unknown, a missing package, no memory
-        fail(f"{what}: {str(err)[:300] or type(err).__name__}")
-
 def note(message):
     """Print a line on stderr, on rank 0, that does not break a progress bar."""
     if RANK == 0:
         tqdm.write(message, file=sys.stderr)
-
-def flag_parser():
-    """argparse that also reads @FILE, flags as in a shell with # comments, and whose errors are one line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
-    parser.error = fail
-    return parser
-
-def at_least(least, kind=int):
-    """An argparse type: a finite number that is not below `least`."""
-    def number(text):
-        if not least <= kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
-        return kind(text)
-    return number
-
-NATURAL, POSITIVE, FLOAT = at_least(0), at_least(1), at_least(0, float)
 
 def base_of(name):
     """The model that the adapter in folder `name` adapts; for any other model `name` itself."""
