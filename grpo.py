@@ -269,7 +269,7 @@ def generate(lm, prompts, noise, group_size, max_new_tokens, temperature, ends, 
     their ids. noise [P * G, max_new_tokens]; None: greedy. steps(n) counts to n, or ends early.
 
     A prompt is prefilled once for its group; finished rows leave the batch every few tokens."""
-    device, width = lm.device, max(map(len, prompts))
+    device, width = lm.device, 1 + max(map(len, prompts))   # sdpa is faster with a mask than without
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)                 # [P, W]
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)     # [P, W]
     position = (mask.cumsum(1) - 1).clamp(min=0)
