@@ -296,11 +296,27 @@ def test_an_update_of_5e_7_moves_the_weights_that_are_saved_in_bf16(toy, tmp_pat
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("optim", ["adamw", "adamw8bit", "paged_adamw8bit"])
+@pytest.mark.parametrize("optim", ["adamw", "adamw8bit", "paged_adamw8bit", "muon"])
 def test_training_lowers_the_loss_with_every_optimizer(toy, tmp_path, optim):
     sft.main(flags(toy, tmp_path, "--optim", optim, "--lr", 3e-3, steps=12))
     lines = metrics(tmp_path)
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (8, 24), (24, 8)])
+def test_muon_steps_as_pytorchs_own_but_for_its_bf16(shape, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    torch.manual_seed(0)
+    start, gradients, moved = torch.randn(shape), torch.randn(3, *shape), []
+    ours = lambda p: sft.Muon([{"params": []}, {"params": [p]}], lr=0.02)           # noqa: E731 (times five)
+    for make in ours, lambda p: torch.optim.Muon([p], lr=0.1, weight_decay=0.0):
+        p = torch.nn.Parameter(start.clone())
+        optimizer = make(p)
+        for gradient in gradients:
+            p.grad = gradient.clone()
+            optimizer.step()
+        moved.append(p.detach() - start)
+    assert (moved[0] - moved[1]).norm() < 1e-5 * moved[1].norm()
 
 
 def test_activation_checkpointing_changes_nothing(toy, tmp_path):
@@ -371,8 +387,8 @@ def test_same_seed_same_bytes_another_seed_others(toy, tmp_path):
     assert a == b != c
 
 
-@pytest.mark.parametrize("kind", [[], ["--lora_rank", "4"], ["--optim", "adamw8bit", "--dtype", "bfloat16"],
-                                  ["--lora_rank", "4", "--load_in_4bit"]], ids=" ".join)
+@pytest.mark.parametrize("kind", [[], ["--optim", "muon"], ["--optim", "adamw8bit", "--dtype", "bfloat16"],
+                                  ["--lora_rank", "4"], ["--lora_rank", "4", "--load_in_4bit"]], ids=" ".join)
 def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(toy, tmp_path, kind):
     def argv(out, *more):
         return flags(toy, tmp_path / out, "--save_every", 3, "--warmup", 2, *kind, *more, steps=6)
