@@ -5,8 +5,7 @@
 2. Sample K completions per prompt, greedily by default, with grpo.py's sampler.
 3. Score with rewards.py, strictly (the answer in the requested form) and flexibly (the last thing that looks
    like one). A model trained on another form looks worse to the strict reader: read the samples.
-4. Summarise: a row per model and task, accuracy by kind of problem, and a comparison with the first model:
-   problems solved more often : less often, and p, how likely chance alone is to give so uneven a split.
+4. Summarise: a row per model and task with its 95 % interval, and accuracy by kind of problem.
 5. Write FILE (JSON, an object per row), beside it .samples.jsonl (every completion and its parts; until all
    are there .so_far.jsonl) and for K > 1 .pass_rates.jsonl: rows with a `pass_rate`, for grpo.py --pass_rate.
 
@@ -175,11 +174,6 @@ def maj_at_k(votes):
     votes = [("".join(said.split()), right) for said, right in votes if said is not None]
     return fmean(dict(votes)[said] for said in multimode(said for said, _ in votes)) if votes else 0.0
 
-def mcnemar(better, worse):
-    """Exact two-sided binomial p of so uneven a split of the problems on which two models differ."""
-    tail = sum(math.comb(better + worse, i) for i in range(min(better, worse) + 1))
-    return min(1.0, 2 * tail / 2 ** (better + worse))
-
 
 GEOMETRY = re.compile(r"\b(area|perimeter|circumference|radius|diameter|volume|cubic|angles?|(triang|rectang|"
                       r"circle|circular|diagonal|polygon|square (feet|foot|inch|met|yard|mile))\w*)\b")
@@ -196,8 +190,8 @@ def kinds(row):
         found["geometry"] = "yes" if GEOMETRY.search(row["question"].lower()) else "no"
     return found
 
-def summarise(records, rows, K, first):
-    """Records of a model on a task -> row of the table, {row: pass rate}. first: the first model's rates."""
+def summarise(records, rows, K):
+    """Records of a model on a task -> row of the table, {row: pass rate}."""
     problems = {records[j]["row"]: records[j:j + K] for j in range(0, len(records), K)}
     rates = {i: fmean(record["correct"] for record in group) for i, group in problems.items()}
     found = {"model": records[0]["model"], "task": records[0]["task"], "n": len(rates), "samples": K}
@@ -209,10 +203,6 @@ def summarise(records, rows, K, first):
     means = {"accuracy_flexible": "correct_flexible", "reward": "reward", "format": "format",
              "completion_length": "n_tokens", "truncated": "truncated"}
     found |= {name: fmean(record[key] for record in records) for name, key in means.items()}
-    if first:
-        found["better"] = sum(rates[i] > first[i] for i in rates)
-        found["worse"] = sum(rates[i] < first[i] for i in rates)
-        found["p"] = mcnemar(found["better"], found["worse"])
     cells, found["by"] = {}, {}
     for i, rate in rates.items():
         for cell in kinds(rows[i]).items():
@@ -235,8 +225,6 @@ def tables(results):
         if row["samples"] > 1:
             line |= {f"pass@{row['samples']}": share["pass_at_k"], f"maj@{row['samples']}": share["maj_at_k"]}
         line |= {"tokens": f"{row['completion_length']:.0f}", "cut off": share["truncated"]}
-        if "p" in row:
-            line |= {"better : worse": f"{row['better']} : {row['worse']}", "p": f"{row['p']:.2g}"}
         lines.append(line)
     yield lines
     for task in dict.fromkeys(row["task"] for row in results):
@@ -283,8 +271,7 @@ def run(args, kept):
             records = evaluate_model(name, lm, checkpoint, rows, args, file)
             for task in dict.fromkeys(row["task"] for row in rows):                                        # 4
                 of_task = [record for record in records if record["task"] == task]
-                first = rates.get((args.model[0], task))
-                found, rates[name, task] = summarise(of_task, rows, args.samples, first)
+                found, rates[name, task] = summarise(of_task, rows, args.samples)
                 results.append(found)
     files = {args.output: json.dumps(results, indent=1, ensure_ascii=False)}                               # 5
     for (_, task), rate in rates.items():

@@ -113,9 +113,8 @@ def parse_args(argv=None):
     add("--warmup", type=NATURAL, default=10, help="steps of linear warm-up")
     add("--lr_schedule", choices=["constant", "linear", "cosine"], default="constant", help="after warm-up")
     add("--max_grad_norm", type=FLOAT, default=1.0, help="clip the gradient to this norm; 0: never")
-    add("--optim", choices=["adamw", "adamw8bit", "paged_adamw8bit", "muon"],
-        help="8bit: 2 bytes of moments a parameter, not 8; paged: on the CPU if need be; muon: orthogonal "
-             "steps of the layers' matrices; None: 8bit on a GPU")
+    add("--optim", choices=["adamw", "adamw8bit", "paged_adamw8bit"],
+        help="8bit: 2 bytes of moments a parameter, not 8; paged: on the CPU if need be; None: 8bit on a GPU")
     add("--micro_batch_size", type=POSITIVE, default=8, help="rows per forward pass: speed and memory only")
     add = parser.add_argument_group("model and memory").add_argument
     add("--lora_rank", type=NATURAL, default=0, help="LoRA on all linear layers but the head; 0: whole model")
@@ -370,7 +369,8 @@ def train(args):
             done["evaluated"] = done["step"]
 
     refresh()
-    bar = step_bar(done["step"], args.steps)
+    bar = tqdm(range(done["step"] + 1, args.steps + 1), "step", initial=done["step"], total=args.steps,
+               disable=RANK > 0 or not sys.stderr.isatty())
     try:
         for step in bar:
             if done["step"] % args.eval_every == 0:             # 8, of the step before
@@ -745,36 +745,13 @@ def fp32_masters(model):
         p.register_post_accumulate_grad_hook(partial(hand_over, master))
     return trained
 
-class Muon(torch.optim.AdamW):
-    """AdamW; its last group, matrices, takes orthogonal steps (Muon, kellerjordan.github.io/posts/muon, 2024)
-    at five times the rate. In fp32: torch's own, in bf16, is ten times slower on CPUs without it."""
-    @torch.no_grad()
-    def step(self, closure=None):
-        for p in self.param_groups[-1]["params"]:
-            if not self.state[p]:                               # AdamW loads no state without a "step"
-                self.state[p] = {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
-            momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
-            x, ratio = p.grad.lerp(momentum, 0.95), p.size(0) / p.size(1)
-            x = x.T if ratio > 1 else x
-            x = x / x.norm().clamp(min=1e-7)
-            for _ in range(5):                                  # Newton-Schulz: singular values to about 1
-                gram = x @ x.T
-                x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
-            p.add_(x.T if ratio > 1 else x, alpha=-5 * self.param_groups[-1]["lr"] * max(1, ratio) ** 0.5)
-            p.grad = None                                       # so that AdamW leaves it as it is
-        super().step()
-
 def make_optimizer(trained, args):
     """The optimiser of all masters, at the peak learning rate."""
     kind = partial(torch.optim.AdamW, fused=True)
     if "8bit" in args.optim:
         import bitsandbytes
         kind = bitsandbytes.optim.PagedAdamW8bit if "paged" in args.optim else bitsandbytes.optim.AdamW8bit
-    groups = [[master for _, master in trained.values()]]
-    if args.optim == "muon":
-        kind, layers = Muon, [m for n, (_, m) in trained.items() if ".layers." in n and m.ndim == 2]
-        groups = [[m for m in groups[0] if all(m is not x for x in layers)], layers]
-    return kind([{"params": group} for group in groups], lr=args.lr, weight_decay=0.0)
+    return kind([master for _, master in trained.values()], lr=args.lr, weight_decay=0.0)
 
 def update(trained, optimizer, factor, args, usable):
     """Sum gradients over processes, clip, update at `factor` times the peak learning rate -> norm of the
@@ -786,8 +763,7 @@ def update(trained, optimizer, factor, args, usable):
         if WORLD > 1 and not args.fsdp:                         # FSDP has summed already
             dist.all_reduce(master.grad)
     norm = float(whole(torch.nn.utils.clip_grad_norm_(masters, args.max_grad_norm or math.inf)))
-    for group in optimizer.param_groups:
-        group["lr"] = args.lr * factor
+    optimizer.param_groups[0]["lr"] = args.lr * factor
     if usable and math.isfinite(norm):
         optimizer.step()
         copy_weights(trained.values())
@@ -847,18 +823,13 @@ def progress(items, what, together=False):
             return
         yield item
 
-def step_bar(done, steps):
-    """The numbers of the steps still to do, with a bar on a terminal."""
-    off = RANK > 0 or not sys.stderr.isatty()
-    return tqdm(range(done + 1, steps + 1), "step", total=steps, initial=done, disable=off)
-
 def report(bar, metrics, line):
-    """Say how a step went: beside the bar or, where there is none, in a line, of quick steps every tenth."""
-    step, seconds = metrics["step"], metrics["step_seconds"]
-    bar.set_postfix_str(line.format(**metrics), refresh=False)
-    if bar.disable and (seconds > 5 or step % 10 == 0 or step in (1, bar.total)):
-        left = tqdm.format_interval(seconds * (bar.total - step))
-        note(f"step {step}/{bar.total}  {line.format(**metrics)}  {seconds:.1f} s  {left} left")
+    """Say how a step went: beside the bar or, where it is off, in a line with the time that is left."""
+    line, seconds = line.format(**metrics), metrics["step_seconds"]
+    bar.set_postfix_str(line, refresh=False)
+    if bar.disable:
+        left = tqdm.format_interval(seconds * (bar.total - metrics["step"]))
+        note(f"step {metrics['step']}/{bar.total}  {line}  {seconds:.1f} s  {left} left")
 
 def open_run(args, defaults):
     """Lock --output_dir -> the state of its newest checkpoint that loads, or None for a new run.

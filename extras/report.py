@@ -256,8 +256,6 @@ def tables(results):
         if row["samples"] > 1:
             line |= {f"pass@{row['samples']}": share["pass_at_k"], f"maj@{row['samples']}": share["maj_at_k"]}
         line |= {"tokens": f"{row['completion_length']:.0f}", "cut off": share["truncated"]}
-        if "p" in row:
-            line |= {"better : worse": f"{row['better']} : {row['worse']}", "p": f"{row['p']:.2g}"}
         lines.append(line)
     yield lines
     for task in dict.fromkeys(row["task"] for row in results):
@@ -331,9 +329,8 @@ def page(runs, path=None):
     if path:
         results, records = read_results(path)
         main_table, *others = [*tables(results), *behaviour_tables(records)]
-        out.append("<h2>Held-out accuracy</h2><p>Better : worse counts problems solved more "
-                   "and less often than by the first model. p is McNemar's exact test (above 0.05 it "
-                   f"may well be chance). Black: 95 % interval.</p>{html_table(main_table, results)}")
+        out.append("<h2>Held-out accuracy</h2><p>Black: 95 % interval.</p>"
+                   f"{html_table(main_table, results)}")
         out.append(f"<div class=side>{''.join(map(html_table, others))}</div>")
     picture = io.BytesIO()
     draw(runs).savefig(picture, format="svg", facecolor="white")

@@ -195,12 +195,6 @@ def test_majority_vote_ignores_missing_answers_and_splits_ties():
         assert ev.maj_at_k(list(zip(answers, correct))) == pytest.approx(share)
 
 
-def test_mcnemar_is_the_exact_two_sided_binomial():
-    for b, c in itertools.product(range(8), range(8)):
-        far = [i for i in range(b + c + 1) if abs(i - (b + c) / 2) >= abs(b - (b + c) / 2)]
-        assert ev.mcnemar(b, c) == pytest.approx(min(1, sum(math.comb(b + c, i) for i in far) / 2 ** (b + c)))
-
-
 # ---------------------------------------------------------------------------------------------- the whole script
 FIELDS = {"model", "task", "n", "accuracy", "accuracy_low", "accuracy_high", "accuracy_flexible", "format", "pass_at_k",
           "maj_at_k", "completion_length", "truncated", "by"}
@@ -267,8 +261,7 @@ def test_several_models_stand_side_by_side_and_are_compared_on_the_same_problems
     evaluate(folder, tmp_path / "e.json", model=("a", "b"))
     first, second = json.loads((tmp_path / "e.json").read_text())
     assert (first["accuracy"], second["accuracy"]) == (0.25, 0.25)
-    assert "p" not in first and (second["better"], second["worse"], second["p"]) == (1, 1, 1.0)
-    assert re.search(r"/b +countdown .* 1 : 1 +1$", capfd.readouterr().out, re.M)
+    assert re.search(r"/b +countdown +4 +25.0%", capfd.readouterr().out, re.M)
 
 
 def test_a_table_has_a_column_for_each_figure_and_a_line_for_each_model(capsys):
@@ -276,13 +269,13 @@ def test_a_table_has_a_column_for_each_figure_and_a_line_for_each_model(capsys):
            "accuracy_low": 0.3, "accuracy_high": 0.5, "accuracy_flexible": 0.4, "format": 1.0, "pass_at_k": 0.6,
            "maj_at_k": 0.5, "completion_length": 40.2, "truncated": 0.0,
            "by": {"numbers": {"3": {"n": 500, "accuracy": 0.4}}}}
-    other = {**row, "model": "runs/tiny-grpo", "better": 204, "worse": 16, "p": 1.1e-42}
+    other = {**row, "model": "runs/tiny-grpo", "accuracy": 0.8}
     for table in ev.tables([row, other]):
         ev.print_table(table)
     names, first, second, *_, cell = capsys.readouterr().out.splitlines()[1:]
-    assert all(text in names for text in ("strict", "95 % interval", "pass@4", "maj@4", "better : worse", "p"))
+    assert all(text in names for text in ("strict", "95 % interval", "pass@4", "maj@4"))
     assert "40.0%" in first and "30.0% - 50.0%" in first and first.startswith("runs/tiny-sft ")
-    assert "204 : 16" in second and "1.1e-42" in second and "numbers 3" in cell
+    assert "80.0%" in second and "numbers 3" in cell
 
 
 def test_the_asked_for_style_is_prompted_and_scored(folder, tmp_path, monkeypatch):

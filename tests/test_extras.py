@@ -752,7 +752,7 @@ def result(model, accuracy, **more):
 def folder(tmp_path):
     """An evaluation of two models on four problems, and one run of each kind."""
     (tmp_path / "e.json").write_text(json.dumps([result("a<b",
-     0.25), result("after", 0.5, better=2, worse=1, p=1.0)]))
+     0.25), result("after", 0.5)]))
     write(tmp_path / "e.samples.jsonl", [
         sample("a<b", 0, say("no idea <script>alert(1)</script>", "1"),
                0.0), sample("after", 0, say("2+1 is it", "2+1"), 1.0),
@@ -783,7 +783,7 @@ def test_the_page_holds_its_parts_in_order_and_needs_no_other_file(folder, capsy
         "Suspects",
          "Before and after")]
     assert at == sorted(at) and capsys.readouterr().out == f"{out}\n"
-    assert "25.0%" in page and "2 : 1" in page and "in the reasoning" in page and "data:image/svg+xml;base64," in page
+    assert "25.0%" in page and "10.0% - 90.0%" in page and "in the reasoning" in page and "data:image/svg+xml;base64," in page
     assert not re.search(r"""(src|href)=(?!["']?data:)|url\(|@import""", page)
 
 

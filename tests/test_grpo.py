@@ -1289,7 +1289,7 @@ def signal_at(name, call, number, ranks=(0,), times=1):
 
 
 @pytest.mark.parametrize("more", ["", "--dtype bfloat16", "--lora_rank 4", "--lora_rank 4 --load_in_4bit",
-                                  "--optim adamw8bit", "--optim muon", "--inner_epochs 2 --seed 1"])
+                                  "--optim adamw8bit", "--inner_epochs 2 --seed 1"])
 def test_a_resumed_run_ends_with_the_same_bits_as_one_that_was_not_interrupted(toy, tmp_path, more):
     argv = lambda out: long_flags(toy, tmp_path / out, "--steps 3 --save_every 2", more)
     main(argv("a"))
