@@ -452,8 +452,7 @@ def train(args):
             log(args, board, metrics)
             report(bar, metrics, "reward {reward:.3f}  correct {correct:.3f}  length "
                    "{completion_length:.0f}  entropy {entropy:.3f}")
-            skipped = not math.isfinite(sums["loss"] + sums["grad_norm"])
-            if skipped:
+            if not math.isfinite(sums["loss"] + sums["grad_norm"]):
                 note(f"warning: the gradient of step {step} is not finite and was not used; lower --lr")
             dead_steps = dead_steps + 1 if all(map(is_dead, drawn)) else 0
             if dead_steps == 1 == step or dead_steps == 3 < step:
@@ -461,7 +460,7 @@ def train(args):
                 note(f"warning: every group is dead: nothing is learned. At 0 for every completion: "
                      f"{', '.join(zero) or 'no part'}. What helps: a cold start with sft.py, --weights ... "
                      "tags=0.5, rows that are neither too hard nor too easy (--pass_rate)")
-            if step == 1 or step % 10 == 0 or skipped:
+            if step == 1 or step % 10 == 0:
                 append(Path(args.output_dir) / "samples.jsonl", [
                     {"step": step, "task": r.row["task"], "prompt": r.row["prompt"], "completion": r.text,
                      "ended": r.ended, "advantage": r.advantage, **r.parts} for r in sum(drawn[:2], [])])
@@ -534,11 +533,11 @@ def is_dead(group):
 def means(groups):
     """Means over rollouts: every reward part (also by task, if there are several), length, share cut off."""
     rollouts = sum(groups, [])
-    found = {name: fmean(r.parts[name] for r in rollouts) for name in rollouts[0].parts}
-    tasks = {r.row["task"] for r in rollouts}
-    for task in sorted(tasks) if len(tasks) > 1 else []:
-        found |= {f"{name}/{task}": fmean(r.parts[name] for r in rollouts if r.row["task"] == task)
-                  for name in rollouts[0].parts}
+    tasks, shares = sorted({r.row["task"] for r in rollouts}), {"": rollouts}
+    if len(tasks) > 1:
+        shares |= {f"/{task}": [r for r in rollouts if r.row["task"] == task] for task in tasks}
+    found = {name + of: fmean(r.parts[name] for r in share)
+             for of, share in shares.items() for name in rollouts[0].parts}
     found["completion_length"] = fmean(len(r.completion) for r in rollouts)
     found["truncated"] = fmean(not r.ended for r in rollouts)
     return found
