@@ -181,11 +181,13 @@ def tiny_model(tokenizer, seed):
     return lm
 
 class Muon(torch.optim.AdamW):
-    """AdamW; the matrices of the layers take orthogonal steps (Muon, kellerjordan.github.io/posts/muon) at
-    10 / 3 of its rate. In fp32: PyTorch's own, in bf16, is ten times slower on a CPU without it."""
-    def __init__(self, trained, lr):
-        self.matrices = [m for name, (_, m) in trained.items() if ".layers." in name and m.ndim == 2]
-        others = [m for name, (_, m) in trained.items() if ".layers." not in name or m.ndim != 2]
+    """AdamW; all matrices but embeddings and head, each expert's too, take orthogonal steps at 10 / 3 of its
+    rate (Muon, kellerjordan.github.io/posts/muon). In fp32: PyTorch's own, in bf16, is slow on CPUs."""
+    def __init__(self, model, trained, lr):
+        tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+        tables = {id(module.weight) for module in (*tables, model.get_output_embeddings()) if module}
+        self.matrices = [m for p, m in trained.values() if m.ndim > 1 and id(p) not in tables]
+        others = [m for p, m in trained.values() if m.ndim < 2 or id(p) in tables]
         super().__init__([{"params": others}, {"params": self.matrices}], lr=lr, weight_decay=0.0)
 
     @torch.no_grad()
@@ -194,14 +196,14 @@ class Muon(torch.optim.AdamW):
             state = self.state[p] or {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
             self.state[p] = state                               # AdamW looks for "step" when it is loaded
             momentum = state["momentum"].lerp_(p.grad, 0.05)
-            x, ratio = p.grad.lerp(momentum, 0.95), p.size(0) / p.size(1)
-            x = x.T if ratio > 1 else x
-            x = x / x.norm().clamp(min=1e-7)
+            x, ratio = p.grad.lerp(momentum, 0.95), p.size(-2) / p.size(-1)
+            x = x.mT if ratio > 1 else x
+            x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
             for _ in range(5):                                  # Newton-Schulz: singular values to about 1
-                gram = x @ x.T
+                gram = x @ x.mT
                 x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
             rate = self.param_groups[0]["lr"] * 10 / 3 * max(1, ratio) ** 0.5
-            p.sub_(x.T if ratio > 1 else x, alpha=rate)
+            p.sub_(x.mT if ratio > 1 else x, alpha=rate)
             p.grad = None                                       # AdamW leaves it as it is
         super().step()
 
@@ -235,7 +237,7 @@ def train(args):
         lm = tiny_model(tokenizer, args.seed).to(device, dtype) if tiny else None
         policy, lm = load_policy(name, args, device, dtype, lm)
         trained = fp32_masters(policy)
-        optimizer = Muon(trained, args.lr) if args.optim == "muon" else make_optimizer(trained, args)
+        optimizer = Muon(lm, trained, args.lr) if args.optim == "muon" else make_optimizer(trained, args)
     lm.generation_config.eos_token_id = end_ids(tokenizer, lm.generation_config)    # it stops at a turn's end
     done = {"step": 0}
     if state:

@@ -8,6 +8,7 @@ import signal
 import time
 from functools import partial, wraps
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ import torch._dynamo  # noqa: F401 (FSDP imports it: here once for all forks)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, LlamaForCausalLM,
+                          Qwen3MoeConfig)
 
 import rewards
 import sft
@@ -308,7 +310,8 @@ def test_muon_steps_as_pytorchs_own_but_for_its_bf16(shape, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     torch.manual_seed(0)
     start, gradients, moved = torch.randn(shape), torch.randn(3, *shape), []
-    ours = lambda p: sft.Muon({"a.layers.0": (p, p)}, lr=0.03)                       # noqa: E731
+    bare = SimpleNamespace(modules=list, get_output_embeddings=lambda: None)
+    ours = lambda p: sft.Muon(bare, {"weight": (p, p)}, lr=0.03)                      # noqa: E731
     for make in ours, lambda p: torch.optim.Muon([p], lr=0.1, weight_decay=0.0):
         p = torch.nn.Parameter(start.clone())
         optimizer = make(p)
@@ -317,6 +320,26 @@ def test_muon_steps_as_pytorchs_own_but_for_its_bf16(shape, monkeypatch):
             optimizer.step()
         moved.append(p.detach() - start)
     assert (moved[0] - moved[1]).norm() < 1e-5 * moved[1].norm()
+
+
+@pytest.mark.parametrize("config", [
+    GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64), Qwen3MoeConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8, vocab_size=64,
+        moe_intermediate_size=8, num_experts=4)], ids=["gpt2", "experts"])
+def test_muon_takes_every_matrix_but_embeddings_and_head_and_each_expert_alone(config):
+    lm = AutoModelForCausalLM.from_config(config)
+    optimizer = sft.Muon(lm, {name: (p, p) for name, p in lm.named_parameters()}, lr=0.3)
+    names = {name for name, p in lm.named_parameters() if any(p is m for m in optimizer.matrices)}
+    assert {name for name, p in lm.named_parameters() if p.ndim > 1} - names <= {
+        "transformer.wte.weight", "transformer.wpe.weight", "model.embed_tokens.weight", "lm_head.weight"}
+    before = {name: p.detach().clone() for name, p in lm.named_parameters()}
+    for p in lm.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    for name in names:                                          # a step's singular values are about 1, whatever
+        moved = before[name] - dict(lm.named_parameters())[name].detach()           # the gradient was
+        scale = max(1, moved.size(-2) / moved.size(-1)) ** 0.5
+        assert 0.5 < (torch.linalg.svdvals(moved) / scale).median() < 1.5
 
 
 def test_activation_checkpointing_changes_nothing(toy, tmp_path):
