@@ -452,7 +452,8 @@ def train(args):
             log(args, board, metrics)
             report(bar, metrics, "reward {reward:.3f}  correct {correct:.3f}  length "
                    "{completion_length:.0f}  entropy {entropy:.3f}")
-            if not math.isfinite(sums["loss"] + sums["grad_norm"]):
+            skipped = not math.isfinite(sums["loss"] + sums["grad_norm"])
+            if skipped:
                 note(f"warning: the gradient of step {step} is not finite and was not used; lower --lr")
             dead_steps = dead_steps + 1 if all(map(is_dead, drawn)) else 0
             if dead_steps == 1 == step or dead_steps == 3 < step:
@@ -460,7 +461,7 @@ def train(args):
                 note(f"warning: every group is dead: nothing is learned. At 0 for every completion: "
                      f"{', '.join(zero) or 'no part'}. What helps: a cold start with sft.py, --weights ... "
                      "tags=0.5, rows that are neither too hard nor too easy (--pass_rate)")
-            if step == 1 or step % 10 == 0:
+            if step == 1 or step % 10 == 0 or skipped:
                 append(Path(args.output_dir) / "samples.jsonl", [
                     {"step": step, "task": r.row["task"], "prompt": r.row["prompt"], "completion": r.text,
                      "ended": r.ended, "advantage": r.advantage, **r.parts} for r in sum(drawn[:2], [])])

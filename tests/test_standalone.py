@@ -15,7 +15,7 @@ import toys
 
 ROOT = Path(__file__).resolve().parent.parent
 CEILINGS = {  # file -> lines, syntax nodes
-    "grpo.py": (926, 10_200), "rewards.py": (600, 5_800), "sft.py": (652, 6_800), "countdown.py": (400, 4_800),
+    "grpo.py": (927, 10_200), "rewards.py": (600, 5_800), "sft.py": (652, 6_800), "countdown.py": (400, 4_800),
     "eval.py": (470, 5_600), "extras/report.py": (400, 4_800), "extras/sandbox.py": (400, 4_800),
     "extras/mathematics.py": (260, 2_900), "extras/sampler.py": (190, 2_200)}
 TREES = {name: ast.parse((ROOT / name).read_text()) for name in CEILINGS}
