@@ -27,9 +27,8 @@ import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from fractions import Fraction
-from functools import lru_cache, reduce
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import dedent
@@ -37,33 +36,38 @@ from textwrap import dedent
 STYLES = ("reasoning", "think")
 WEIGHTS = {"correct": 1.0, "format": 0.3, "length": 0.0, "process": 0.1, "efficiency": 0.1, "tags": 0.0}
 LENGTH = (500, 800)  # tokens that cost nothing, tokens at which the length part has fallen to -1
-TAGS = {style: re.compile(rf"(</?(?:{style}|answer)>)") for style in STYLES}
+BLOCK = r"\s*+<{0}>(?!\s*+</{0}>).*</{0}>\s*+"  # not an empty one
+FORMS = {style: re.compile(BLOCK.format(style) + BLOCK.format("answer"), re.S) for style in STYLES}
 
 class DataError(Exception):
     """Data or weights that cannot be used, in one line that says where and why."""
-
 
 # ------------------------------------------------------------------------------------ which answer
 NUMERAL = (r"([1-9][0-9]{0,2}(?P<comma>,|\{,\}| )[0-9]{3}(?:(?P=comma)[0-9]{3})*(?![0-9])(?:\.[0-9]+)?"
            r"|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")  # 1,234.5 in true groups of three, 1234.5, .5
 LAST_NUMBER = rf"((?:(?<![\w.)])[-+\u2212])?(?:\\?\$)?(?<![\w.]){NUMERAL})"  # not the 2 of v2
 
-def rewriter(*rules):
-    """A function that applies each (pattern, replacement) to a text in turn."""
-    rules = [(re.compile(pattern).sub, by) for pattern, by in rules]
-    return lambda text: reduce(lambda done, rule: rule[0](rule[1], done), rules, text)
+def rule(needed, by, pattern=None):
+    """To replace a pattern, or the needed text itself, in texts that hold what is needed; most do not."""
+    return needed, re.compile(pattern or re.escape(needed)).sub, by
+
+def rewrite(text, rules):
+    for needed, replace, by in rules:
+        if needed in text:
+            text = replace(by, text)
+    return text
 
 def tail(text, style):
     after = text.rpartition(f"</{style}>")[2]
-    return None if f"<{style}>" in after else after
+    return "" if f"<{style}>" in after else after
 
 def last_box(text):
     """What the \\boxed{...} that closes last holds, braces balanced; None where there is none."""
     opened, found = [], None
-    for match in re.finditer(r"(\\boxed\s{0,9})?\{|\}|\\.", text):
-        if match[0][-1] == "{" and match[0] != "\\{":
+    for match in re.finditer(r"(\\boxed\s{0,9})?(\{)|(\})|\\.", text):
+        if match[2]:
             opened.append((match[1], match.end()))
-        elif match[0] == "}" and opened:
+        elif match[3] and opened:
             box, start = opened.pop()
             found = text[start:match.start()] if box else found
     return found
@@ -71,9 +75,7 @@ def last_box(text):
 def answer(text, style="reasoning", strict=True, labels=None):
     """What a completion offers as its answer, or None. `labels`: a multiple choice's, if not strict."""
     text = tail(text, style)
-    if text is None:
-        return None
-    start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))  # the last that is closed
+    start = text.rfind("<answer>", 0, text.rfind("</answer>") + 1)  # the last that is closed
     if start >= 0:
         return text[start + 8:text.find("</answer>", start)].strip()
     if strict:
@@ -88,51 +90,51 @@ def answer(text, style="reasoning", strict=True, labels=None):
             return found[-1].strip()
     return None
 
-
 # ------------------------------------------------------------------------------------ countdown
-SIGNS = ("[×·]", "*"), (r"\\times|\\cdot", "*"), ("÷", "/"), (r"\\div", "/"), ("\u2212", "-")
-plain_signs = rewriter(*SIGNS)
-ARITHMETIC = re.compile(r"(?!.*(?<![0-9.])0[0-9])[-+*/(). 0-9]+")  # no leading zeros
-OPERAND = re.compile("[0-9.]+")
-OPERATORS = {ast.Add: (operator.add, 1, True), ast.Sub: (operator.sub, 1, False),  # rank, is a?(b?c) a?b?c
-             ast.Mult: (operator.mul, 2, True), ast.Div: (lambda a, b: Fraction(a) / b, 2, False)}
+SIGNS = list(map(rule, ("×", "·", "\\times", "\\cdot", "÷", "\\div", "\u2212"), "****//-"))
+DIGITS = re.compile("[0-9.]+")
+TOKEN = re.compile("(?!0[0-9])[0-9.]+|[^ ]")  # a number without leading zeros; a sign
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": Fraction}
 
 @lru_cache(4096)
 def evaluate(text, limit=200):
     """Numbers, + - * /, unary minus, parentheses -> (exact value, length of its shortest form); else None."""
-    if len(text) > limit or not ARITHMETIC.fullmatch(text):
-        return None
-    if text.isdigit():
-        return int(text), len(text)
+    tokens = [" ", *reversed(TOKEN.findall(text if len(text) <= limit and text.isascii() else ""))]
     try:
-        number, length, _ = value(ast.parse(text.strip(), mode="eval").body)  # read, not executed
-        return number, length - text.count("--")  # 2--3 is a padded 2+3
-    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        number, length, _ = value(tokens)
+    except (ValueError, ZeroDivisionError, RecursionError):
         return None
+    return (number, length - text.count("--")) if tokens == [" "] else None  # 2--3 is a padded 2+3
 
-def value(node):
-    """A parsed expression -> (exact value, length without needless parentheses, how tightly it binds)."""
-    if type(node) is ast.Constant:
-        return node.value if type(node.value) is int else Fraction(repr(node.value)), len(str(node.value)), 4
-    if type(node) is ast.UnaryOp and type(node.op) is ast.USub:
-        a, length, rank = value(node.operand)
-        return -a, length + (3 if rank == 1 else 1), 2 if rank == 2 else 3
-    if type(node) is not ast.BinOp or type(node.op) not in OPERATORS:
-        raise ValueError("not arithmetic")
-    apply, rank, regroups = OPERATORS[type(node.op)]
-    (a, left, left_rank), (b, right, right_rank) = value(node.left), value(node.right)
-    bracketed = (left_rank < rank) + (right_rank < rank or right_rank == rank and not regroups)
-    return apply(a, b), left + 1 + right + 2 * bracketed, rank
+def value(tokens, signs="+-*/"):
+    """The end of `tokens` -> (exact value, length without needless parentheses, how tightly it binds)."""
+    token = tokens.pop()
+    if token == "(":
+        found = value(tokens)
+        ")".index(tokens.pop())  # else a ValueError
+    elif token == "-":
+        a, length, rank = value(tokens, "")
+        found = -a, length + (3 if rank == 1 else 1), 2 if rank == 2 else 3
+    else:
+        found = Fraction(repr(float(token))) if "." in token else int(token), len(token), 4
+    while tokens[-1] in signs:
+        sign = tokens.pop()
+        binds = 2 if sign in "*/" else 1
+        (a, left, left_rank), (b, right, right_rank) = found, value(tokens, "" if binds == 2 else "*/")
+        bracketed = (left_rank < binds) + (right_rank < binds + (sign in "-/"))  # a-(b-c) is not a-b-c
+        found = OPERATORS[sign](a, b), left + 1 + right + 2 * bracketed, binds
+    return found
 
 def expression(said, row):
     """(value, efficiency) of a countdown answer that keeps to the rules, whatever its value; else None."""
     if len(said) > 2000:  # before the signs are replaced; what counts is the length after
         return None
-    said = re.sub(r"[^\S ]", " ", plain_signs(said)).strip()
+    said = rewrite(said, SIGNS)
+    said = (said if said.isprintable() else re.sub(r"\s", " ", said)).strip()
     body, equals, result = said.partition("=")
-    if not 0 < len(said) <= 200 or "." in body or equals and result.strip() != str(row["target"]):
+    if not 0 < len(said) <= 200 or equals and result.strip() != str(row["target"]):
         return None
-    found = evaluate(body) if sorted(map(int, OPERAND.findall(body))) == sorted(row["nums"]) else None
+    found = evaluate(body) if sorted(DIGITS.findall(body)) == sorted(map(str, row["nums"])) else None
     return found and (found[0], min(1.0, found[1] / len(said)))
 
 def countdown(said, row):
@@ -143,17 +145,16 @@ def countdown(said, row):
     - `×`, `·`, `\\times`, `\\cdot` are `*`, `÷`, `\\div` are `/`, U+2212 is `-`, any Unicode space is a space
     - it may end in `= t`, t being the true target; its value, an exact rational, equals the target
     """
-    found = expression(said, row)
-    return found is not None and found[0] == row["target"]
-
+    return (expression(said, row) or (None,))[0] == row["target"]
 
 # ------------------------------------------------------------------------------------ gsm8k
-PLAIN = re.compile(r"\s*\$?([-+]?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)\s*")  # $1,234.50
-undecorated = rewriter(
-    (r"\s", " "), (r"([0-9][^0-9^=]{0,40}[a-zA-Z]\}?)(?:\^\{?[23]\}?(?![0-9])|[²³])", r"\1"),  # 18 m^2
-    (r"(?<=[0-9])\{,\}(?=[0-9])", ","), (r"(?<=[0-9])\\,(?=[0-9])", " "),  # then a mark: it glues nothing
-    (r"\*+|__|`|(?<=[0-9}])~|\\?[$%]|[€£¥₹₩₽¢{}()]|\\[()\[\],;:! ]|\\(?:displaystyle|boxed|text(?:bf|rm)?"
-     r"|math(?:bf|rm)|boldsymbol)(?![a-z])", "\0"))
+PLAIN = re.compile(r"\s*\$?([-+]?(?:[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+|(?=\.))(\.[0-9]+)?)\s*")  # $1,234.50
+WORDS = re.compile("[-A-Za-z0-9 ,.:=/'+]*")
+DECORATION = (  # of which these hold nothing; \0 is a mark: it glues nothing
+    rule("", " ", r"\s"), rule("", r"\1", r"([0-9][^0-9^=]{0,40}[a-zA-Z]\}?)(?:\^\{?[23]\}?(?![0-9])|[²³])"),
+    rule("{,}", ",", r"(?<=[0-9])\{,\}(?=[0-9])"), rule("\\,", " ", r"(?<=[0-9])\\,(?=[0-9])"), rule(
+        "", "\0", r"\*+|__|`|(?<=[0-9}])~|\\?[$%]|[€£¥₹₩₽¢{}()]|\\[()\[\],;:! ]|\\(?:displaystyle|boxed|text"
+        r"(?:bf|rm)?|math(?:bf|rm)|boldsymbol)(?![a-z])"))
 BEFORE = re.compile(r"(?:[^\W\d_]{1,20}(?:'s)?,?(?: [^\W\d_]{1,20}(?:'s)?,?){0,8}(?: ?[:=] ?| )|= ?)?"
                     r"(?:(?:USD?|Rs\.?) ?)?([-+]?) ?0")  # 0 for the number
 UNIT = re.compile(r"°?(?:(?:\A|(?<=[.°])|[°'/ -]|[/'] )[^\W\d_]{1,20}\.?){0,6} ?\.?")  # ` apples per day.`
@@ -180,24 +181,29 @@ SPELLED = "0 zero 1 one 2 two 3 three 4 four 5 five 6 six 7 seven 8 eight 9 nine
 
 def keeps_value(words):
     """Do the words behind a number leave its value as it is? ` apples` does, ` dozen`, ` squared` do not."""
-    return bool(UNIT.fullmatch(words)) and not CHANGES_VALUE.search(words) and not NO_UNIT.search(words)
+    return UNIT.fullmatch(words) and not CHANGES_VALUE.search(words) and not NO_UNIT.search(words)
+
+@lru_cache(4096)
+def sign_between(before, after):
+    """The sign of a number that stands between these words, or None where they change its value."""
+    sign = BEFORE.fullmatch(before)
+    changed = CHANGES_VALUE.search(before) or NO_SENTENCE.match(before) or not keeps_value(after)
+    return sign[1] if sign and not changed else None
 
 def number(text):
     """The exact value of a text that holds exactly one number, or None."""
     if len(text) > 200:
         return None
     if plain := PLAIN.fullmatch(text):
-        return Fraction(plain[1].replace(",", ""))
-    text = undecorated(text.strip().replace("\u2212", "-").replace("\\!", ""))
+        return (Fraction if plain[2] else int)(plain[1].replace(",", ""))
+    if not WORDS.fullmatch(text):
+        text = rewrite(text.replace("\u2212", "-").replace("\\!", ""), DECORATION)
     parts = re.split(NUMERAL, text)  # before, number, its comma, after
     if len(parts) != 4 or any(map(str.isnumeric, re.sub(r"[\0-\x7f]+", "", text))):
         return None
     before, after = (" ".join(part.replace("\0", " ").split()) for part in (parts[0] + "0", parts[3]))
-    sign = BEFORE.fullmatch(before)
-    if not sign or CHANGES_VALUE.search(before) or NO_SENTENCE.match(before) or (
-            after and f"{parts[1]} {after}" not in SPELLED and not keeps_value(after)):
-        return None
-    return Fraction(sign[1] + re.sub("[, ]", "", parts[1]))
+    sign = sign_between(before, "" if f"{parts[1]} {after}" in SPELLED else after)
+    return None if sign is None else number(sign + re.sub("[, ]", "", parts[1]))
 
 def gsm8k(said, row):
     """Exactly one number, equal to the gold as an exact decimal: 18 = 18.00 = +18, not -18.
@@ -209,7 +215,6 @@ def gsm8k(said, row):
     """
     value = number(said)
     return value is not None and value == TASKS["gsm8k"]["gold"](row)
-
 
 # ------------------------------------------------------------------------------------ math, arc, code
 MARKS = re.compile(r"\\(?:boxed|text(?:bf|rm)?|math(?:bf|rm))\{|\\[()\[\]]|[*${}`]")
@@ -276,97 +281,97 @@ def code_gold(row):
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 
-
 # ------------------------------------------------------------------------------------ parts and scores
-TERM = r"(?:-?\(+)?-?[0-9]{1,12}(?:\.[0-9]{1,9})?\)*"
+TERM = r"-?(?:\(+-?)?[0-9]{1,12}(?:\.[0-9]{1,9})?\)*"
 SIDE = rf"{TERM}(?: ?[-+*/] ?{TERM})*"
-EQUATIONS = re.compile(rf"(?=[-(0-9])(?<![-+*/^=.()\w\\])(?<![-+*/^=(] ){SIDE}(?: ?= ?{SIDE})+"
-                       r"(?![\w(^\\]| ?[-+*/^]|\.[0-9])")
-STEP = re.compile("[0-9)][-+*/]")  # of a side that is more than a number
-bare_steps = rewriter(
-    (r"\$|`|\\[()\[\]]|\*\*(?:(?![0-9(])|(?<![0-9)]\*\*))", " "),  # markup; but 2**3 is a power
-    *SIGNS, ("\t", " "), ("  +", " "), ("\n ?[-*\u2022] ", "\n"),  # bullets
-    (r"\.(?<=[0-9]\.)0+(?![0-9])", ""), (",(?<=[0-9],)(?=[0-9]{3}(?![0-9]))", ""),  # 5.0 is 5
-    (r"([0-9)])[/ ]?(?=[a-zA-Z]{2})(?!(?:dozen|hundred|thousand|million|half|squared|cubed|and|or|percent)\b)"
-     r"[a-zA-Z]{2,20}+(?:[ /][a-zA-Z]{2,20}+){0,2}(?= ?[-+*/=])", r"\1"),  # 3 pens/box *
-    ("[xX](?:(?<=[0-9)].)|(?<=[0-9)] .)) ?(?=[0-9(])", "* "),
-    (r"([-+*/(=] )([0-9]{1,9}) ([0-9]{1,9}/[0-9]{1,9})(?![0-9/])", r"\1(\2+\3)"))  # * 1 1/2
+EQUATIONS = re.compile(  # a+b=c, as most are, or any other
+    r"[^-+*/^=.()\w\\](?=[-(0-9])(?<![-+*/^=(] )(?:(?!0[0-9])([0-9]{1,12}) ?([-+*/]) ?(?!0)([0-9]{1,12}) ?= ?"
+    rf"(?!0[0-9])([0-9]{{1,12}})(?![)=]| =)|({SIDE}(?: ?= ?{SIDE})+))(?![\w(^\\]| ?[-+*/^]|\.[0-9])")
+TIMES = "[xX](?:(?<=[0-9)].)|(?<=[0-9)] .)) ?(?=[0-9(])"  # 2 x 3
+MARKUP = (  # but 2**3 is a power; bullets; 5.0 is 5
+    rule("$", " "), rule("`", " "), rule("\t", " "), rule("**", " ", r"\*\*(?:(?![0-9(])|(?<![0-9)]\*\*))"),
+    rule("\\", " ", r"\\[()\[\]]"), *SIGNS, rule("  ", " ", "  +"), rule("\n", "\n", "\n ?[-*\u2022] "),
+    rule(".0", "", r"\.(?<=[0-9]\.)0+(?![0-9])"), rule(",", "", ",(?<=[0-9],)(?=[0-9]{3}(?![0-9]))"),
+    rule("x", "* ", TIMES), rule("X", "* ", TIMES))
+UNITS = re.compile(r"([0-9)])[/ ]?(?=[a-zA-Z]{2})(?!(?:dozen|hundred|thousand|million|half|squared|cubed|and"
+                   r"|or|percent)\b)[a-zA-Z]{2,20}+(?:[ /][a-zA-Z]{2,20}+){0,2}(?= ?[-+*/=])")  # 3 pens/box *
+MIXED = [rule("/", r"\1(\2+\3)", r"([-+*/(=] )([0-9]{1,9}) ([0-9]{1,9}/[0-9]{1,9})(?![0-9/])")]  # * 1 1/2
 
-def format_part(text, style):
-    pieces = TAGS[style].split(text, 5)
-    blank = [not piece or piece.isspace() for piece in pieces[::2]]
-    in_order = pieces[1::2] == [f"<{style}>", f"</{style}>", "<answer>", "</answer>"]
-    return float(in_order and blank == [True, False, True, False, True])
+def form_parts(text, style):
+    """The parts format and tags."""
+    counts = [text.count(tag) for tag in (f"<{style}>", f"</{style}>", "<answer>", "</answer>")]
+    once = max(counts) <= 1
+    return float(once and bool(FORMS[style].fullmatch(text))), sum(counts) / 4 if once else 0.0
 
 def process_part(text, style, nums=None):
     """Repeating an equation, in any order, earns nothing more, an idle one nothing. With `nums`, operands
     must be at hand: given numbers or results of true equations so far, each used up by the step with it. A
     step may start from any point reached before, as several tries do. 200 equations and 64 points count."""
     reasoning = text.rpartition(f"</{style}>")[0][:20_000].rpartition(f"<{style}>")[2]
-    pools, verdicts = [sorted(nums or ())], {}  # verdicts: None for an equation that is true and idle
-    for one, other in equations(reasoning):
-        steps = [side for side in (one, other) if STEP.search(side)]
-        if not steps or len(verdicts) >= 200:
+    pools, known, verdicts = [sorted(nums or ())], set(), []
+    for sides, value, other, tokens, steps in equations(reasoning):
+        key = (value, other, *sorted(tokens))
+        if not steps or key in known or len(known) >= 200:
             continue
-        left, right = ((evaluate(side) or (None,))[0] for side in (one, other))
-        key = (left, right, *sorted(re.findall("[-+*/]|[0-9.]+", f"{one}={other}")))
-        if key in verdicts:
-            continue
-        true = left is not None and left == right
+        known.add(key)
+        true = value == other is not None
         if true and nums is not None:
-            # a difference may be written either way round, and continues as a positive number
-            moves = [played(side, abs(left), pools) for side in steps]
-            true = all(moves)
-            pools += moves[-1][:64 - len(pools)] if true else []
-        verdicts[key] = None if true and idle(one, other) else true
-    counted = [verdict for verdict in verdicts.values() if verdict is not None]
-    return sum(counted) / len(counted) if counted else 0.0
+            for step in steps:  # a difference may be written either way round, and leaves a positive number
+                reached = played(step, abs(value), pools)
+                true &= bool(reached)
+            pools += reached[:64 - len(pools)] if true else []
+        if not (true and (steps[1:] or float(abs(value)) in map(float, steps[0])) and idle(*sides)):
+            verdicts.append(true)
+    return sum(verdicts) / len(verdicts) if verdicts else 0.0
 
 def equations(text):
-    """The neighbouring sides, without spaces, of all equations of a text; `a=b=c` gives two pairs."""
-    text = "".join(["\n" + line for line in text.split("\n") if "=" in line])
-    for chain in EQUATIONS.findall(bare_steps(text)):
+    """Each equation's sides, their values, its numbers and signs, the operands of sides that are steps."""
+    text = rewrite("".join(dict.fromkeys(["\n" + line for line in text.split("\n") if "=" in line])), MARKUP)
+    if re.search("[-+*/=](?:(?<=[a-zA-Z]{2}.)|(?<=[a-zA-Z]{2} .))", text):
+        text = UNITS.sub(r"\1", text)
+    for a, sign, b, result, chain in EQUATIONS.findall(rewrite(text, MIXED)):
+        if result:
+            step = int(a), int(b)
+            yield (a + sign + b, result), OPERATORS[sign](*step), int(result), (a, sign, b, result), [step]
+            continue
         sides = []
         for side in chain.replace(" ", "").split("="):
             surplus = side.count("(") - side.count(")")  # of the text around its equation: (so 3+5=8)
-            sides.append(side[surplus:] if surplus > 0 else side[:len(side) + surplus])
-        yield from zip(sides, sides[1:])
+            sides.append(side[surplus:] if surplus > 0 else side[:surplus or None])
+        for pair in dict.fromkeys(zip(sides, sides[1:])):
+            value, other = (found and found[0] for found in map(evaluate, pair))
+            steps = [[*map(number, DIGITS.findall(side))] for side in pair if re.search("[0-9)][-+*/]", side)]
+            yield pair, value, other, re.findall("[-+*/]|[0-9.]+", "=".join(pair)), steps
 
-@lru_cache(4096)
-def operands(side):
-    return tuple([int(number) if number.isdigit() else Fraction(number) for number in OPERAND.findall(side)])
-
-def played(side, result, pools):
+def played(taken, result, pools):
     """The numbers at hand after a step, for each of `pools` (lists of numbers) that holds its operands."""
-    taken, reached = operands(side), []
+    reached = []
     for pool in pools:
-        with suppress(ValueError):  # where one is not at hand
-            rest = pool.copy()
-            for number in taken:
-                rest.remove(number)
+        rest = pool.copy()
+        for number in taken:
+            if number not in rest:
+                break
+            rest.remove(number)
+        else:
             reached.append([*rest, result])
     return reached
 
-@lru_cache(4096)
 def idle(one, other):
     """Does a true equation hold whatever its numbers are, 0 and 1 aside? Then it works nothing out: `3+5=5+3`
     and, with an operand as result, `0+3=3`, `1*1=1`, `8+2-2=8`. But `5-5=0` does."""
-    result, steps = sorted((one, other), key=lambda side: bool(STEP.search(side)))
-    if not STEP.search(result) and operands(result)[0] not in operands(steps):
-        return False
     def stand_in(match):  # another number for each, the same for the same
         number = Fraction(match[0])
         return match[0] if number in (0, 1) else str(pow(int(number * 10**9), 5, 999_983) + 2)
-    left, right = (evaluate(OPERAND.sub(stand_in, side), 2000) for side in (one, other))
+    left, right = (evaluate(DIGITS.sub(stand_in, side), 2000) for side in (one, other))
     return left and right and left[0] == right[0]
 
 def grade(task, text, row, style, strict):
     """(1.0 if the answer is right, else 0.0; the answer). A program may stand in the tail without tags."""
     said = answer(text, style, strict or task == "code", row["choices"]["label"] if task == "arc" else None)
     if task == "code" and said is None:
-        rest = tail(text, style) or ""
+        rest = tail(text, style)
         said = rest if rest.count("```") > 1 and FENCED.search(rest) else None  # a closed block
-    return float(bool(said) and bool(TASKS[task]["grade"](said, row))), said
+    return float(bool(said and TASKS[task]["grade"](said, row))), said
 
 def correct(task, text, row, style="reasoning", strict=True):
     """1.0 where the answer is right, else 0.0."""
@@ -375,24 +380,21 @@ def correct(task, text, row, style="reasoning", strict=True):
 def score(task, text, row, style="reasoning", weights=None, n_tokens=None, length=LENGTH, strict=True):
     """Every part by name, and their weighted sum "reward"; what `weights` does not name weighs nothing."""
     right, said = grade(task, text, row, style, strict)
-    of, tags = TASKS[task], TAGS[style].split(text, 5)[1::2]  # of more than four, one is repeated
+    of, (whole, tags) = TASKS[task], form_parts(text, style)
     parts = {
-        "correct": right,
-        "format": format_part(text, style),
+        "correct": right, "format": whole,
         "length": 0 - min(1.0, max(0, (n_tokens or 0) - length[0]) / max(length[1] - length[0], 1e-9)),
         "process": process_part(text, style, row.get(of.get("at_hand"))),
-        "efficiency": of["efficiency"](said, row) if right and "efficiency" in of else 0.0,
-        "tags": len(tags) / 4 if len(tags) == len(set(tags)) else 0.0,
+        "efficiency": of["efficiency"](said, row) if right and "efficiency" in of else 0.0, "tags": tags,
     }
     weights = WEIGHTS if weights is None else weights
     # summed exactly and rounded, so that rounding cannot put a wrong answer above a right one
-    parts["reward"] = round(math.fsum(weight * parts[part] for part, weight in weights.items()), 9)
+    parts["reward"] = round(math.fsum([weight * parts[part] for part, weight in weights.items()]), 9)
     return parts
 
 def score_batch(tasks, texts, rows, style="reasoning", weights=None, n_tokens=None, **options):
     """score() for many, in their order; code and math, which wait for other processes, on all cores."""
-    n_tokens = [None] * len(texts) if n_tokens is None else n_tokens
-    items = list(zip(tasks, texts, rows, n_tokens, strict=True))
+    items = list(zip(tasks, texts, rows, [None] * len(texts) if n_tokens is None else n_tokens, strict=True))
     def one(item):
         return score(*item[:3], style, weights, item[3], **options)
     slow = sum("extra" in TASKS[task] for task in tasks)
@@ -409,7 +411,6 @@ def parse_weights(texts):
             raise DataError(f"--weights {text}: must be PART=NUMBER, >= 0, PART one of {', '.join(WEIGHTS)}")
         weights[match[1]] = float(match[2])
     return weights
-
 
 # ------------------------------------------------------------------------------------ what a task asks
 FORM = """{0}
@@ -491,11 +492,10 @@ def worked_completion(task, row, style="reasoning"):
     worked = TASKS[task]["worked"](row) if "worked" in TASKS[task] else None
     if worked and all(isinstance(part, str) for part in worked):
         text = "<{0}>{1}</{0}>\n<answer>{2}</answer>".format(style, *map(str.strip, worked))
-        if format_part(text, style):  # neither is empty, and neither holds a tag
+        if form_parts(text, style)[0]:  # neither is empty, and neither holds a tag
             return text
     raise DataError(f"{task}: a row without a worked answer: countdown needs `trace` and `trace_answer`, or "
                     "`solution`; gsm8k steps before its ####; math a `solution`; code a column `code`")
-
 
 # ------------------------------------------------------------------------------------ rows
 def load_rows(source, split):
