@@ -183,13 +183,13 @@ def keeps_value(words):
     """Do the words behind a number leave its value as it is? ` apples` does, ` dozen`, ` squared` do not."""
     return UNIT.fullmatch(words) and not CHANGES_VALUE.search(words) and not NO_UNIT.search(words)
 
-@lru_cache(4096)
 def sign_between(before, after):
     """The sign of a number that stands between these words, or None where they change its value."""
     sign = BEFORE.fullmatch(before)
     changed = CHANGES_VALUE.search(before) or NO_SENTENCE.match(before) or not keeps_value(after)
     return sign[1] if sign and not changed else None
 
+@lru_cache(4096)
 def number(text):
     """The exact value of a text that holds exactly one number, or None."""
     if len(text) > 200:
@@ -303,19 +303,19 @@ def form_parts(text, style):
     once = max(counts) <= 1
     return float(once and bool(FORMS[style].fullmatch(text))), sum(counts) / 4 if once else 0.0
 
-def process_part(text, style, nums=None):
+@lru_cache(1024)
+def process_part(reasoning, nums=()):
     """Repeating an equation, in any order, earns nothing more, an idle one nothing. With `nums`, operands
     must be at hand: given numbers or results of true equations so far, each used up by the step with it. A
     step may start from any point reached before, as several tries do. 200 equations and 64 points count."""
-    reasoning = text.rpartition(f"</{style}>")[0][:20_000].rpartition(f"<{style}>")[2]
-    pools, known, verdicts = [sorted(nums or ())], set(), []
+    pools, known, verdicts = [sorted(nums)], set(), []
     for sides, value, other, tokens, steps in equations(reasoning):
         key = (value, other, *sorted(tokens))
         if not steps or key in known or len(known) >= 200:
             continue
         known.add(key)
         true = value == other is not None
-        if true and nums is not None:
+        if true and nums:
             for step in steps:  # a difference may be written either way round, and leaves a positive number
                 reached = played(step, abs(value), pools)
                 true &= bool(reached)
@@ -381,10 +381,11 @@ def score(task, text, row, style="reasoning", weights=None, n_tokens=None, lengt
     """Every part by name, and their weighted sum "reward"; what `weights` does not name weighs nothing."""
     right, said = grade(task, text, row, style, strict)
     of, (whole, tags) = TASKS[task], form_parts(text, style)
+    reasoning = text.rpartition(f"</{style}>")[0][:20_000].rpartition(f"<{style}>")[2]
     parts = {
         "correct": right, "format": whole,
         "length": 0 - min(1.0, max(0, (n_tokens or 0) - length[0]) / max(length[1] - length[0], 1e-9)),
-        "process": process_part(text, style, row.get(of.get("at_hand"))),
+        "process": process_part(reasoning, tuple(row.get(of.get("at_hand"), ()))),
         "efficiency": of["efficiency"](said, row) if right and "efficiency" in of else 0.0, "tags": tags,
     }
     weights = WEIGHTS if weights is None else weights
@@ -574,7 +575,13 @@ def read_rows(path, split, config):
                 from pyarrow.parquet import read_table
                 rows = read_table(here).to_pylist()
             elif not here.exists() and re.fullmatch(r"(?!data/)\w[\w.-]*/[\w.-]+", path):  # no data/NAME
-                rows = hub_rows(path, split, config)
+                try:
+                    from datasets import load_dataset
+                    part = {"val": "validation"}.get(split, split)
+                    rows = load_dataset(path, config or None, split=part)
+                except Exception as err:  # no network, no such set or split, no such library: many types
+                    why = " ".join(str(err).split())[:200]
+                    raise DataError(f"{path}: not here, nor on the hub: {why}") from None
             else:
                 raise DataError(f"{here}: no such file or folder; files must end in .jsonl, .json, .parquet")
             yield from ((f"{here}, row {i}", row) for i, row in enumerate(rows, 1))
@@ -591,10 +598,3 @@ def jsonl_rows(file):
                 column, why = getattr(error, "colno", 1), getattr(error, "msg", error)
                 raise DataError(f"{file}, line {i}, column {column}: cannot be read ({why})") from None
             yield f"{file}, line {i}", row
-
-def hub_rows(path, split, config):
-    try:
-        from datasets import load_dataset
-        return load_dataset(path, config or None, split={"val": "validation"}.get(split, split))
-    except Exception as error:  # no network, no such set, no such split, no such library: many types
-        raise DataError(f"{path}: not here, nor on the hub: {' '.join(str(error).split())[:200]}") from None
