@@ -1,7 +1,9 @@
 """Scores a second: countdown and gsm8k in one process, math and code over all cores.
 
     python tests/bench/bench_rewards.py
+    python tests/bench/bench_rewards.py GSM8K/test.jsonl    # whole worked solutions, under 22 forms of answer
 """
+import json
 import random
 import sys
 import time
@@ -35,6 +37,27 @@ def gsm8k_items(n, seed=0):
         answer = noise.choice([f"{a * b - 2}", f"${a * b - 2}", f"{a * b - 2:,} pens", f"{a * b}"])
         items.append(("gsm8k", f"<reasoning>{text}</reasoning>\n<answer>{answer}</answer>",
                       {"question": "How many?", "answer": f"#### {a * b - 2}"}))
+    return items
+
+
+FORMS = [  # of an answer, 17 right ones first
+    "{0}", "${0}", "\\${0}", "{0}.", "{0} dollars", "{0:,}", "{0:,}.00", "x = {0}", "The answer is {0}.", "{0}%",
+    "**{0}**", "\\boxed{{{0}}}", "$\\boxed{{{0}}}$", "\\text{{{0}}}", "{0} apples", "{0}.0", "{0} miles per hour",
+    "1{0}", "-{0}", "{0} (2 steps)", "{0}, 7", "about {0}"]
+
+
+def worked_items(file, alone=True):
+    """A row's worked solution under each form of answer. alone: no reasoning stands twice, as in training a
+    real model; else each stands under all forms, as where completions repeat."""
+    items = []
+    for i, line in enumerate(open(file, encoding="utf-8")):
+        row = json.loads(line)
+        reasoning, gold = rewards.TASKS["gsm8k"]["worked"](row)
+        for j, form in enumerate(FORMS):
+            case = f"Case {i}, {j}. " * alone
+            answer = form.format(rewards.number(gold))
+            text = f"<reasoning>{case}{reasoning}</reasoning>\n<answer>{answer}</answer>"
+            items.append(("gsm8k", text, row))
     return items
 
 
@@ -72,7 +95,10 @@ def rate(items):
 
 
 if __name__ == "__main__":
-    for name, items in (("countdown", countdown_items(20_000)), ("gsm8k", gsm8k_items(20_000))):
+    tasks = [("countdown", countdown_items(20_000)), ("gsm8k", gsm8k_items(20_000))]
+    for file in sys.argv[1:]:
+        tasks += [("worked", worked_items(file)), ("repeated", worked_items(file, alone=False))]
+    for name, items in tasks:
         runs = [rate(items) for _ in range(3)]
         by_clock, by_processor, right = (sorted(column)[1] for column in zip(*runs))
         print(f"{name:10} {by_clock:9,.0f} scores a second by the clock, {by_processor:9,.0f} a second of "
