@@ -611,7 +611,7 @@ def test_a_loss_term_of_your_own_is_trained_on_groups_without_advantage_too(toy,
 
 def test_groups_that_are_all_dead_are_warned_of_at_the_first_step_and_where_it_begins_later(
         toy, tmp_path, monkeypatch, capfd):
-    """Once at step 1; later, once three steps in a row were so. Every number is logged."""
+    """Once at step 1; later, once three steps in a row were so. What no live row measured is null."""
     step = [0]
 
     def score_batch(tasks, texts, *args, **kwargs):
@@ -625,6 +625,7 @@ def test_groups_that_are_all_dead_are_warned_of_at_the_first_step_and_where_it_b
         lines = run(toy, out, f"--steps {max(dead)} --prompts_per_step 2")
         assert [m["step"] for m in lines if m["frac_reward_zero_std"] == 1] == dead
         assert all(KEYS <= set(m) for m in lines)
+        assert [m["step"] for m in lines if m["entropy"] is None and m["logp_gap"] is None] == dead
         assert (far(out, toy / "model") > 0) == (len(dead) < len(lines))
         said = capfd.readouterr().err.splitlines()
         marks = [i for i, line in enumerate(said) if "every group is dead" in line]
