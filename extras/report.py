@@ -3,7 +3,7 @@
 A page (.html) has, in this order:
 1. the tables of --results (what eval.py wrote), and how often the completions show which behaviour;
 2. a panel per numeric metric in the runs' metrics.jsonl, a colour per run: the faint line is every step, the
-   strong one a running mean over 10 % of the run, points are held-out rows. Another --output is this picture;
+   strong one a running mean over 4 % of the run, points are held-out rows. Another --output is this picture;
 3. suspects of reward hacking, from the evaluation and the runs' samples.jsonl: completions with a reward and
    most of the signs listed at `signs`. A sign is a reason to read, not a verdict;
 4. problems answered by the first and by the last model: learned, unlearned, changed most in reward; if there
@@ -149,8 +149,8 @@ def series(metrics, key):
     return [step for step, _ in points], [value for _, value in points]
 
 def smooth(values):
-    """The running mean: of each value and its neighbours, 5 % of the run on either side."""
-    n, half, total = len(values), len(values) // 20, [0, *accumulate(values)]
+    """The running mean: of each value and its neighbours, 2 % of the run, at least two, on either side."""
+    n, half, total = len(values), max(2, len(values) // 50), [0, *accumulate(values)]
     bounds = [(max(0, i - half), min(n, i + half + 1)) for i in range(n)]
     return [(total[end] - total[start]) / (end - start) for start, end in bounds]
 

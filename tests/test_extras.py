@@ -894,11 +894,12 @@ def test_a_run_that_is_being_written_and_earns_nothing_can_be_looked_at(tmp_path
     assert list(shown) == ["reward"] and list(shown["reward"].lines[0].get_xdata()) == [1, 2]
 
 
-def test_a_running_mean_is_that_of_five_percent_on_either_side():
+def test_a_running_mean_is_that_of_two_percent_but_at_least_two_steps_on_either_side():
     values = [i * i % 17 for i in range(150)]
     smooth = report.smooth(values)
     assert smooth[0] == pytest.approx(
-        sum(values[:8]) / 8) and smooth[70] == pytest.approx(sum(values[63:78]) / 15)
+        sum(values[:4]) / 4) and smooth[70] == pytest.approx(sum(values[67:74]) / 7)
+    assert report.smooth([0.0, 0.0, 3.0, 9.0]) == [1.0, 3.0, 3.0, 4.0]
     assert report.smooth([3.0]) == [3.0] and report.smooth([]) == []
 
 
