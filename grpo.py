@@ -432,7 +432,7 @@ def train(args):
                 if any(signals) and epoch == 0:                 # this step is left undone, on all ranks
                     raise KeyboardInterrupt(max(signals)[0])
                 sums = dict(zip(PARTS, np.sum(shares, axis=0).tolist()))
-                seen = sums.pop("seen") or math.nan           # where no row is live
+                seen = sums.pop("seen") or math.nan             # where no row is live
                 sums |= {"entropy": sums["entropy"] / seen, "logp_gap": sums["logp_gap"] / seen}
                 # 7. Clip the gradient and update the weights.
                 usable = live and math.isfinite(sums["loss"])

@@ -2,8 +2,8 @@
 
 A page (.html) has, in this order:
 1. the tables of --results (what eval.py wrote), and how often the completions show which behaviour;
-2. a panel per numeric metric in the runs' metrics.jsonl, a colour per run: the faint line is every step, the
-   strong one a running mean over 4 % of the run, points are held-out rows. Another --output is this picture;
+2. a panel per numeric metric in the runs' metrics.jsonl, a colour per run: faint is every step, strong a
+   mean over 4 % of the run, at least 5 steps; points are held-out rows. Another --output is this picture;
 3. suspects of reward hacking, from the evaluation and the runs' samples.jsonl: completions with a reward and
    most of the signs listed at `signs`. A sign is a reason to read, not a verdict;
 4. problems answered by the first and by the last model: learned, unlearned, changed most in reward; if there
